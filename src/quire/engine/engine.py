@@ -1,0 +1,224 @@
+"""The engine: requests in, steps, outputs out. This is the page to read first.
+
+    add_request ──> InputProcessor ──> RequestGroup ──> Scheduler (who computes what, in which blocks)
+    step        ──> Scheduler.schedule ──> Executor.submit ──> (worker: layers, attention, sampling)
+                    Scheduler.update <── StepOutput <──────────┘
+                    RequestState (text, stop strings) ──> RequestOutput
+
+It is driven by whoever calls `step` (an `LLM`, the thread of an `AsyncEngine`), one caller at a time. Does not know threads,
+sockets, tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from quire.config import EngineConfig
+from quire.core.accounting import SlotUsage, measure
+from quire.core.batch import Batch
+from quire.core.cache_group import form_groups
+from quire.core.kv_cache import KVCacheManager
+from quire.core.memory_plan import MemoryPlan, format_bytes, plan_memory
+from quire.core.preemption import Always, Preemption, PreemptionPolicy, SwapForks
+from quire.core.scheduler import Scheduler, StepTokens
+from quire.core.sequence import FinishReason, RequestGroup, Sequence
+from quire.core.step import SchedulerOutput, StepOutput
+from quire.engine.input import InputProcessor, Prompt
+from quire.engine.output import RequestState
+from quire.engine.tokenizer import Tokenizer
+from quire.errors import ConfigError, RequestError
+from quire.executor.base import Executor, create_executor
+from quire.model_config import ModelConfig, load_model_config, resolve_model
+from quire.outputs import RequestOutput
+from quire.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+POLICIES: dict[str, Callable[[], PreemptionPolicy]] = {
+    "auto": SwapForks,
+    "recompute": lambda: Always(Preemption.RECOMPUTE),
+    "swap": lambda: Always(Preemption.SWAP),
+}
+
+
+class Engine:
+    """One model, ready to serve. `clock` gives seconds for outputs' metrics.
+
+    Raises ModelError, WeightsError, ConfigError or CapacityError, each naming what is wrong and what to do.
+    """
+
+    def __init__(self, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.clock = clock
+        directory = resolve_model(config.model, revision=config.revision, config_only=config.load_format == "dummy")
+        self.model: ModelConfig = load_model_config(directory, config.hf_overrides)
+        self.max_model_len = self.model.resolve_max_model_len(config.max_model_len)
+        self.tokenizer = None if config.skip_tokenizer_init else Tokenizer.from_dir(config.tokenizer or directory)
+        kv_dtype = _kv_dtype(config, self.model)
+        self.groups = form_groups(self.model.layer_windows, self.model.num_kv_heads, self.model.head_dim, kv_dtype)
+        began_s = clock()
+        self.executor: Executor = create_executor(config, self.model, str(directory), self.groups, self.max_model_len)
+        self.memory: MemoryPlan = self._plan_memory()
+        self.executor.allocate(self.memory.num_blocks, self.memory.num_host_blocks)
+        batch = Batch(config.max_num_seqs, self.max_model_len)
+        self.kv = KVCacheManager(
+            batch,
+            self.groups,
+            self.memory.num_blocks,
+            config.block_size,
+            num_host_blocks=self.memory.num_host_blocks,
+            enable_prefix_caching=config.enable_prefix_caching,
+            root=(config.model, config.revision, kv_dtype),
+        )
+        self.scheduler = Scheduler(
+            batch,
+            self.kv,
+            max_num_batched_tokens=config.step_token_budget,
+            max_model_len=self.max_model_len,
+            max_steps_in_flight=self.executor.max_steps_in_flight,
+            policy=POLICIES[config.preemption_mode](),
+        )
+        self._inputs = InputProcessor(config, self.model, self.max_model_len, self.tokenizer)
+        self._states: dict[str, RequestState] = {}
+        self._flights: deque[tuple[SchedulerOutput, Future[StepOutput]]] = deque()
+        self._ended: list[RequestState] = []  # ended outside a step, to be told by the next
+        self._log_start(clock() - began_s)
+
+    def _plan_memory(self) -> MemoryPlan:
+        report = self.executor.report_memory()
+        return plan_memory(
+            self.groups,
+            block_size=self.config.block_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.config.max_num_seqs,
+            max_step_tokens=self.config.step_token_budget,
+            budget_bytes=report.budget_bytes,
+            weights_bytes=report.weights_bytes,
+            activation_bytes=report.activation_bytes,
+            swap_bytes=report.swap_bytes,
+            num_blocks_override=self.config.num_gpu_blocks_override,
+        )
+
+    def _log_start(self, load_s: float) -> None:
+        plan, device = self.memory, self.executor.device_report
+        fit = plan.max_sequences(self.max_model_len, self.groups, self.config.step_token_budget)
+        logger.info(
+            "%s: %.1f M parameters in %s on %s (attention: %s), loaded in %.1f s",
+            self.config.model,
+            device.num_parameters / 1e6,
+            device.dtype,
+            device.device,
+            device.attention_backend,
+            load_s,
+        )
+        logger.info(
+            "memory: weights %s, activations up to %s, KV cache %s = %d blocks of %d tokens; swap space %d blocks; "
+            "at least %d sequences of %d tokens fit at once",
+            format_bytes(plan.weights_bytes),
+            format_bytes(plan.activation_bytes),
+            format_bytes(plan.kv_bytes),
+            plan.num_blocks,
+            plan.block_size,
+            plan.num_host_blocks,
+            min(fit, self.config.max_num_seqs),
+            self.max_model_len,
+        )
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> None:
+        """Queues a request. Raises RequestError if it is malformed or can never run; nothing is queued then."""
+        if request_id in self._states:
+            raise RequestError(f"request id {request_id!r} is in use", param="request_id")
+        group, text = self._inputs.process(
+            request_id, prompt, params or SamplingParams(), priority=priority, arrival_s=self.clock()
+        )
+        self.scheduler.add(group)
+        self._states[request_id] = RequestState(group, text, self.tokenizer)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request; its last output says "abort". False if it isn't there (it may just have finished)."""
+        state = self._states.get(request_id)
+        if state is None:
+            return False
+        now_s = self.clock()
+        live = state.group.live
+        self.scheduler.abort(request_id)
+        for sequence in live:
+            state.finish(sequence, now_s)
+        del self._states[request_id]
+        self._ended.append(state)
+        return True
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._states or self._ended or self._flights)
+
+    # -- steps -----------------------------------------------------------------------------------------------------------
+    def step(self) -> list[RequestOutput]:
+        """Plans as many steps ahead as it may, waits for the oldest, and gives what requests are to be told of it."""
+        while (planned := self.scheduler.schedule()) is not None:
+            self._flights.append((planned, self.executor.submit(planned)))
+        touched, self._ended = self._ended, []
+        if self._flights:
+            _, future = self._flights.popleft()
+            result = future.result()
+            touched += self._process(self.scheduler.update(result), result)
+        outputs = (state.take_output() for state in touched)
+        return [output for output in outputs if output is not None]
+
+    def _process(self, given: StepTokens, result: StepOutput) -> list[RequestState]:
+        """Hands tokens to their requests; returns those that have something new."""
+        now_s = self.clock()
+        touched: dict[str, RequestState] = {}
+        for sequence, entry, first_position in given.prompt_entries:
+            if state := self._states.get(sequence.group.request_id):
+                state.take_prompt_logprobs(first_position, result.prompt_logprobs[entry])
+        for sequence, token_id, sample in zip(given.sequences, given.token_ids, given.samples):
+            state = self._states[sequence.group.request_id]
+            touched[sequence.group.request_id] = state
+            if state.append(sequence, token_id, result.logprobs.get(sample), now_s) is not None:
+                self._stop(state, sequence, now_s)
+        for sequence in given.finished:
+            state = self._states[sequence.group.request_id]
+            touched[sequence.group.request_id] = state
+            state.finish(sequence, now_s)
+            if sequence.error is not None:
+                logger.warning("request %s failed: %s", sequence.group.request_id, sequence.error)
+        for request_id, state in touched.items():
+            if state.group.is_finished:
+                del self._states[request_id]
+        return list(touched.values())
+
+    def _stop(self, state: RequestState, sequence: Sequence, now_s: float) -> None:
+        """A stop string is there: the sequence ends here, whatever steps in flight add to it."""
+        if not sequence.is_finished:
+            self.scheduler.finish(sequence, FinishReason.STOP)
+        state.finish(sequence, now_s)
+
+    # -- what goes on inside -----------------------------------------------------------------------------------------------
+    def slot_usage(self) -> SlotUsage:
+        """Where every slot of KV memory is, now."""
+        return measure(self.kv)
+
+    def get_group(self, request_id: str) -> RequestGroup | None:
+        return self.scheduler.get(request_id)
+
+    def shutdown(self) -> None:
+        """Aborts what is left and frees the device. May be called twice."""
+        for request_id in list(self._states):
+            self.abort(request_id)
+        self.executor.shutdown()
+        self._flights.clear()
+
+
+def _kv_dtype(config: EngineConfig, model: ModelConfig) -> str:
+    for dtype in (config.kv_cache_dtype, config.dtype, model.dtype or "float32"):
+        if dtype != "auto":
+            return dtype
+    raise ConfigError("no dtype")  # not reached: the model's is never "auto"

@@ -1,0 +1,146 @@
+"""What a caller may pass as a prompt, checked and tokenized into a `RequestGroup`.
+
+Does not know whether there is room for it: the scheduler does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from quire.config import EngineConfig
+from quire.core.sequence import RequestGroup
+from quire.engine.tokenizer import Tokenizer
+from quire.errors import RequestError
+from quire.model_config import ModelConfig
+from quire.sampling_params import SamplingParams
+
+# A text, token ids, or vLLM's dictionaries: {"prompt": text}, {"prompt_token_ids": ids}, with "cache_salt" if wanted.
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+PRIORITY_LIMIT = 1 << 31
+
+
+def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list. A list of integers is one prompt."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    listed = list(prompts)
+    if listed and all(isinstance(item, int | np.integer) for item in listed):
+        return [listed]  # type: ignore[list-item]
+    return listed  # type: ignore[return-value]
+
+
+class InputProcessor:
+    """Turns prompts into groups for one model."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, max_model_len: int, tokenizer: Tokenizer | None) -> None:
+        self._config = config
+        self._model = model
+        self._max_model_len = max_model_len
+        self._tokenizer = tokenizer
+        self._num_seeds = 0
+
+    def process(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int, arrival_s: float
+    ) -> tuple[RequestGroup, str | None]:
+        """The group, and the prompt's text if that was given. Raises RequestError for anything that is wrong with either."""
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling parameters must be SamplingParams, not {type(params).__name__}")
+        if not isinstance(priority, int) or abs(priority) >= PRIORITY_LIMIT:
+            raise RequestError(f"priority must be an integer within ±2**31, not {priority!r}", param="priority")
+        params.verify(
+            vocab_size=self._model.vocab_size,
+            max_model_len=self._max_model_len,
+            max_logprobs=self._config.max_logprobs,
+        )
+        text, token_ids, salt = self._read(prompt)
+        if params.truncate_prompt_tokens is not None:
+            token_ids = token_ids[-params.truncate_prompt_tokens :]
+        if len(token_ids) >= self._max_model_len:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens; max_model_len={self._max_model_len} must leave room for "
+                f"at least one more: shorten the prompt, or set truncate_prompt_tokens",
+                param="prompt",
+            )
+        if (params.stop_strings or params.bad_words) and self._tokenizer is None:
+            name = "stop" if params.stop_strings else "bad_words"
+            raise RequestError(f"{name} needs a tokenizer, and skip_tokenizer_init left it out", param=name)
+        if params.stop_strings and not params.detokenize:
+            raise RequestError("stop strings are found in the text: detokenize=False leaves none", param="stop")
+        bad_words = self._tokenizer.encode_bad_words(params.bad_words) if params.bad_words and self._tokenizer else []
+        group = RequestGroup(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            seed=self._next_seed() if params.seed is None else params.seed,
+            arrival_s=arrival_s,
+            priority=priority,
+            stop_token_ids=() if params.ignore_eos else self._end_tokens(),
+            bad_words_token_ids=tuple(map(tuple, bad_words)),
+            cache_salt=salt,
+        )
+        return group, text
+
+    def _read(self, prompt: Prompt) -> tuple[str | None, np.ndarray, str | None]:
+        salt = None
+        if isinstance(prompt, Mapping):
+            unknown = [key for key in prompt if key not in _PROMPT_KEYS and prompt[key] is not None]
+            if unknown:
+                raise RequestError(f"unknown prompt key {unknown[0]!r}; known are {', '.join(_PROMPT_KEYS)}", param="prompt")
+            salt = prompt.get("cache_salt")
+            if salt is not None and (not isinstance(salt, str) or not salt):
+                raise RequestError("cache_salt must be a string that isn't empty", param="cache_salt")
+            ids = prompt.get("prompt_token_ids")
+            text = prompt.get("prompt")
+            if ids is None and text is None:
+                raise RequestError('a prompt dictionary needs "prompt" or "prompt_token_ids"', param="prompt")
+            if ids is not None:
+                return text, self._check_ids(ids), salt
+            prompt = text  # type: ignore[assignment]
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise RequestError(
+                    "a text prompt needs a tokenizer, and skip_tokenizer_init left it out: pass prompt_token_ids",
+                    param="prompt",
+                )
+            return prompt, self._check_ids(self._tokenizer.encode(prompt)), salt
+        return None, self._check_ids(prompt), salt
+
+    def _check_ids(self, ids: object) -> np.ndarray:
+        """int32 array of ids, all within the model's vocabulary."""
+        if isinstance(ids, str | bytes | Mapping) or not isinstance(ids, Iterable):
+            raise RequestError(f"a prompt is a text or a list of token ids, not {type(ids).__name__}", param="prompt")
+        try:
+            array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+        except ValueError:
+            array = np.asarray([None])
+        if array.size == 0:
+            raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise RequestError("prompt_token_ids must be a flat list of integers", param="prompt")
+        wrong = np.flatnonzero((array < 0) | (array >= self._model.vocab_size))
+        if len(wrong):
+            raise RequestError(
+                f"prompt token id {array[wrong[0]]} at index {wrong[0]} is outside the vocabulary "
+                f"of {self._model.vocab_size} tokens",
+                param="prompt",
+            )
+        return array.astype(np.int32)
+
+    def _end_tokens(self) -> tuple[int, ...]:
+        ids = list(self._model.eos_token_ids)
+        own = self._tokenizer.eos_token_id if self._tokenizer else None
+        if own is not None and own not in ids:
+            ids.append(own)
+        return tuple(ids)
+
+    def _next_seed(self) -> int:
+        """A seed for a request that names none: by the engine's seed and a count, so that a script's run can be repeated."""
+        name = f"{self._config.seed}:{self._num_seeds}".encode()
+        self._num_seeds += 1
+        return int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1

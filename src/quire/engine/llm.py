@@ -1,0 +1,206 @@
+"""`LLM`: prompts in, answers out, in one call. The way to use Quire from a script or a notebook."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from quire.config import EngineConfig
+from quire.engine.engine import Engine
+from quire.engine.input import Prompt, as_prompts
+from quire.engine.tokenizer import Tokenizer
+from quire.errors import RequestError
+from quire.outputs import RequestOutput
+from quire.sampling_params import RequestOutputKind, SamplingParams
+
+ParamsLike = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """A model that answers lists of prompts. Options are those of `EngineConfig`, by keyword, with vLLM's names.
+
+        llm = LLM("HuggingFaceTB/SmolLM2-135M", dtype="bfloat16")
+        for output in llm.generate(["Once", "Twice"], SamplingParams(temperature=0, max_tokens=32)):
+            print(output.prompt, output.outputs[0].text)
+
+    Raises ConfigError, ModelError, WeightsError or CapacityError. It may be used as a context manager; `shutdown` frees its
+    memory.
+    """
+
+    def __init__(self, model: str, *, tokenizer: str | None = None, **options: Any) -> None:
+        self.engine = Engine(EngineConfig.from_options(model, tokenizer=tokenizer, **options))
+        self._num_requests = 0
+
+    # -- generate ------------------------------------------------------------------------------------------------------
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt] | None = None,
+        sampling_params: ParamsLike = None,
+        use_tqdm: bool = True,
+        *,
+        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers all prompts, in their order. `use_tqdm` shows progress on a terminal.
+
+        prompts: one or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids} (with "cache_salt").
+        sampling_params: for all, or one for each; None is the model's defaults. priority: one for each, lower first.
+        Raises RequestError, before anything runs, if one of them is wrong.
+        """
+        if (prompts is None) == (prompt_token_ids is None):
+            raise RequestError("give either prompts or prompt_token_ids", param="prompts")
+        listed = as_prompts(prompts if prompts is not None else prompt_token_ids)  # type: ignore[arg-type]
+        params = self._params_for(listed, sampling_params)
+        if priority is not None and len(priority) != len(listed):
+            raise RequestError(f"{len(priority)} priorities for {len(listed)} prompts", param="priority")
+        ids: list[str] = []
+        try:
+            for i, prompt in enumerate(listed):
+                one = replace(params[i], output_kind=RequestOutputKind.FINAL_ONLY)
+                request_id = str(self._num_requests)
+                self.engine.add_request(request_id, prompt, one, priority=priority[i] if priority else 0)
+                self._num_requests += 1
+                ids.append(request_id)
+        except RequestError as error:
+            self._abort(ids)
+            if len(listed) > 1:
+                raise RequestError(f"prompt {len(ids)}: {error}", param=error.param) from error
+            raise
+        try:
+            return self._run(ids, use_tqdm)
+        except BaseException:
+            self._abort(ids)
+            raise
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: ParamsLike = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or several: lists of {"role": …, "content": …}, through the model's chat template."""
+        tokenizer = self.get_tokenizer()
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [
+            {
+                "prompt_token_ids": tokenizer.encode_chat(
+                    conversation,  # type: ignore[arg-type]
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tools=tools,
+                    **(chat_template_kwargs or {}),
+                )
+            }
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends, over `SamplingParams()`."""
+        wanted = {
+            name: value
+            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+            if (value := self.engine.model.generation.get(name)) is not None
+        }
+        if self.engine.model.generation.get("do_sample") is False:
+            wanted = {"temperature": 0.0}
+        return SamplingParams(**wanted)  # type: ignore[arg-type]
+
+    def get_tokenizer(self) -> Tokenizer:
+        if self.engine.tokenizer is None:
+            raise RequestError("there is no tokenizer: skip_tokenizer_init left it out")
+        return self.engine.tokenizer
+
+    def _params_for(self, prompts: Sequence[Prompt], params: ParamsLike) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * len(prompts)
+        listed = list(params)
+        if len(listed) != len(prompts):
+            raise RequestError(f"{len(listed)} sampling parameters for {len(prompts)} prompts", param="sampling_params")
+        return listed
+
+    def _run(self, ids: list[str], show: bool) -> list[RequestOutput]:
+        results: dict[str, RequestOutput] = {}
+        with GenerationProgress(len(ids), show) as progress:
+            while len(results) < len(ids):
+                for output in self.engine.step():
+                    results[output.request_id] = output
+                    progress.advance(output)
+                progress.show_usage(self.engine)
+        return [results[request_id] for request_id in ids]
+
+    def _abort(self, ids: Iterable[str]) -> None:
+        for request_id in ids:
+            self.engine.abort(request_id)
+        while self.engine.has_unfinished:
+            self.engine.step()
+
+    # -- end -----------------------------------------------------------------------------------------------------------
+    def shutdown(self) -> None:
+        """Frees the model's and the cache's memory. May be called twice."""
+        self.engine.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.shutdown()
+
+
+class GenerationProgress:
+    """A progress bar on a terminal: requests done, tokens a second, share of KV blocks in use. Silent elsewhere."""
+
+    def __init__(self, total: int, show: bool, done: int = 0) -> None:
+        self._bar = Progress(
+            TextColumn("generate"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[speed]}"),
+            transient=False,
+        )
+        self._is_shown = show and self._bar.console.is_terminal
+        self._task = self._bar.add_task("generate", total=total, completed=done, speed="")
+        self._began_s = time.monotonic()
+        self._shown_s = 0.0
+        self.num_prompt_tokens = 0
+        self.num_output_tokens = 0
+
+    def advance(self, output: RequestOutput) -> None:
+        self.num_prompt_tokens += len(output.prompt_token_ids or ())
+        self.num_output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        self._bar.advance(self._task)
+
+    def show_usage(self, engine: Engine) -> None:
+        now = time.monotonic()
+        if not self._is_shown or now - self._shown_s < 0.2:
+            return
+        self._shown_s = now
+        elapsed = max(now - self._began_s, 1e-6)
+        pool = engine.kv.pool
+        self._bar.update(
+            self._task,
+            speed=f"in {self.num_prompt_tokens / elapsed:,.0f} tok/s, out {self.num_output_tokens / elapsed:,.0f} tok/s, "
+            f"KV {pool.num_held / pool.num_blocks:.0%}",
+        )
+
+    def __enter__(self) -> GenerationProgress:
+        if self._is_shown:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_shown:
+            self._bar.stop()

@@ -1,0 +1,75 @@
+"""KV memory: one tensor on the device and one on the host, and the three ways in which whole blocks move.
+
+Layout: [block, layer of the group, key or value, KV head, slot, head size]. All bytes of a block lie together, so that a copy
+or a transfer is one run of bytes for each block. Does not know which block belongs to whom.
+
+Shape legend: B = blocks, G = layers of a cache group, H = KV heads, S = slots of a block, D = head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.core.cache_group import CacheGroup
+from quire.core.step import Transfer
+from quire.errors import CapacityError
+from quire.kernels import Kernels
+
+
+class KVStore:
+    """`num_blocks` and `num_host_blocks` don't count the null block. Memory is not filled: pages are taken as they are used."""
+
+    def __init__(
+        self,
+        groups: Sequence[CacheGroup],
+        num_blocks: int,
+        num_host_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels,
+    ) -> None:
+        spec = groups[0]
+        shape = (len(spec.layers), 2, spec.num_kv_heads, block_size, spec.head_size)
+        try:
+            self.blocks_BG2HSD = torch.empty((num_blocks + 1, *shape), dtype=dtype, device=device)
+            self.host_BG2HSD = torch.empty(
+                (num_host_blocks + 1, *shape), dtype=dtype, pin_memory=device.type == "cuda"
+            )
+        except RuntimeError as error:
+            raise CapacityError(
+                f"no memory for {num_blocks} KV blocks on {device} and {num_host_blocks} on the host: lower "
+                f"gpu_memory_utilization, num_gpu_blocks_override or swap_space"
+            ) from error
+        self._kernels = kernels
+        self._device = device
+        # layer -> its view [B, 2, H, S, D] and its cache group
+        self.layers: list[Tensor] = [torch.empty(0)] * sum(len(group.layers) for group in groups)
+        self.group_of_layer = [0] * len(self.layers)
+        for g, group in enumerate(groups):
+            for i, layer in enumerate(group.layers):
+                self.layers[layer] = self.blocks_BG2HSD[:, i]
+                self.group_of_layer[layer] = g
+
+    def copy(self, pairs: np.ndarray) -> None:
+        """Copies blocks on the device; `pairs` [n, 2] are (source, target), and no block is both."""
+        if len(pairs):
+            source, target = self._ids(pairs)
+            self._kernels.copy_blocks(self.blocks_BG2HSD, source, target)
+
+    def swap_out(self, transfer: Transfer) -> None:
+        source, target = self._ids(transfer.pairs)
+        self._kernels.swap_blocks(self.blocks_BG2HSD, self.host_BG2HSD, source, target)
+
+    def swap_in(self, transfer: Transfer) -> None:
+        source, target = self._ids(transfer.pairs)
+        self._kernels.swap_blocks(self.host_BG2HSD, self.blocks_BG2HSD, source, target)
+
+    @staticmethod
+    def _ids(pairs: np.ndarray) -> tuple[Tensor, Tensor]:
+        ids = torch.from_numpy(np.ascontiguousarray(pairs.T.astype(np.int64)))
+        return ids[0], ids[1]

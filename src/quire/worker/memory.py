@@ -1,0 +1,68 @@
+"""How much memory there is on this machine or device, and how much a step needs beside weights and KV cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from quire.config import EngineConfig
+from quire.model_config import ModelConfig
+
+GIB = 1 << 30
+GPU_UTILIZATION = 0.9
+CPU_UTILIZATION = 0.4  # the machine has other things to do
+_CGROUPS = (  # limit, usage: version 2, then 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def available_bytes() -> int:
+    """Memory that this process may still take on the host: the system's, or less where a container limits it."""
+    available = _system_available_bytes()
+    for limit_file, usage_file in _CGROUPS:
+        limit, usage = _read_count(limit_file), _read_count(usage_file)
+        if limit is not None and usage is not None:
+            available = min(available, max(limit - usage, 0))
+    return available
+
+
+def _system_available_bytes() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    # no /proc: half of the physical memory is a guess on the safe side
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _read_count(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):  # absent, or "max"
+        return None
+
+
+def budget_bytes(config: EngineConfig, device: torch.device, weights_bytes: int) -> int:
+    """What weights, activations and KV cache may take together, once the weights are loaded."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return int(total * (config.gpu_memory_utilization or GPU_UTILIZATION))
+    return int((available_bytes() + weights_bytes) * (config.gpu_memory_utilization or CPU_UTILIZATION))
+
+
+def activation_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> int:
+    """Most that a step takes for what flows between layers, and for logits.
+
+    A token has, at the widest place of a layer, residual and hidden state, the joint gate and up projections and their
+    product (or q, k, v and o); a sample has its logits in fp32 about four times over in the sampler.
+    """
+    mlp = 3 * model.intermediate_size
+    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    per_token = (2 * model.hidden_size + max(mlp, attention)) * dtype.itemsize
+    samples = min(config.max_num_seqs, config.step_token_budget)
+    return config.step_token_budget * per_token + samples * model.vocab_size * 4 * 4

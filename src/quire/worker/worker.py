@@ -1,0 +1,138 @@
+"""A worker: one device, the model's weights on it, and the memory that they leave.
+
+Knows the device and how to fill it; the steps themselves are the model runner's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+import torch
+
+from quire.attention.select import select_backend
+from quire.config import DeviceReport, EngineConfig, MemoryReport
+from quire.core.cache_group import CacheGroup
+from quire.core.step import SchedulerOutput, StepOutput
+from quire.errors import ConfigError
+from quire.kernels import select_kernels
+from quire.layers.context import BuildContext
+from quire.model_config import ModelConfig
+from quire.models import build_model
+from quire.sampling.state import SamplingState
+from quire.worker import memory
+from quire.worker.input_batch import InputBatch
+from quire.worker.kv_store import KVStore
+from quire.worker.model_runner import ModelRunner
+from quire.worker.weights import load_weights, resolve_dtype
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Constructed with the model loaded; `allocate` makes KV memory, and then it runs steps."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        directory: str,
+        groups: Sequence[CacheGroup],
+        max_model_len: int,
+    ) -> None:
+        self._config = config
+        self._model_config = model
+        self._groups = groups
+        self._max_model_len = max_model_len
+        self._device = _choose_device(config.device)
+        if self._device.type == "cpu":
+            torch.set_num_threads(config.num_threads or _num_cores())
+        self._dtype = resolve_dtype(config.dtype, model)
+        self._kv_dtype = getattr(torch, groups[0].dtype)
+        prefer = "torch" if config.attention_backend == "reference" else "auto"
+        self._kernels = select_kernels(self._device, prefer)
+        self._attention = select_backend(config.attention_backend, self._device, self._kernels)
+        build = BuildContext(
+            dtype=self._dtype,
+            device=self._device,
+            kernels=self._kernels,
+            attention=self._attention,
+            max_model_len=max_model_len,
+            kv_dtype=self._kv_dtype,
+        )
+        self._model = build_model(model, build)
+        load_weights(self._model, directory, load_format=config.load_format, seed=config.seed)
+        self._model.eval()
+        self._runner: ModelRunner | None = None
+
+    @property
+    def device_report(self) -> DeviceReport:
+        return DeviceReport(
+            device=str(self._device),
+            dtype=str(self._dtype).removeprefix("torch."),
+            kv_dtype=str(self._kv_dtype).removeprefix("torch."),
+            attention_backend=self._attention.name,
+            kernels=self._kernels.name,
+            num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
+        )
+
+    def report_memory(self) -> MemoryReport:
+        weights = sum(parameter.nbytes for parameter in self._model.parameters())
+        budget = memory.budget_bytes(self._config, self._device, weights)
+        swap = int(self._config.swap_space * memory.GIB)
+        if self._device.type == "cpu":
+            # host and device are one memory here: what is swapped out comes out of the same budget
+            swap = min(swap, budget // 8)
+            budget -= swap
+        return MemoryReport(
+            budget_bytes=budget,
+            weights_bytes=weights,
+            activation_bytes=memory.activation_bytes(self._model_config, self._config, self._dtype),
+            swap_bytes=swap,
+        )
+
+    def allocate(self, num_blocks: int, num_host_blocks: int) -> None:
+        """Makes KV memory and the rows. Raises CapacityError if the machine does not give it."""
+        config = self._config
+        self._runner = ModelRunner(
+            model=self._model,
+            attention=self._attention,
+            inputs=InputBatch(config.max_num_seqs, self._max_model_len, config.block_size, self._groups, self._device),
+            sampling=SamplingState(config.max_num_seqs, self._model_config.vocab_size, self._device),
+            store=KVStore(
+                self._groups,
+                num_blocks,
+                num_host_blocks,
+                config.block_size,
+                self._kv_dtype,
+                self._device,
+                self._kernels,
+            ),
+        )
+
+    @property
+    def runner(self) -> ModelRunner:
+        assert self._runner is not None, "allocate comes first"
+        return self._runner
+
+    def forward(self, step: SchedulerOutput) -> None:
+        self.runner.forward(step)
+
+    def sample(self, step: SchedulerOutput) -> StepOutput:
+        return self.runner.sample(step)
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda', but torch sees no CUDA device here; use device='cpu'")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _num_cores() -> int:
+    """Cores that this process may use, which in a container or under taskset are fewer than the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
