@@ -61,6 +61,7 @@ class PretendWorker:
         self.tokens = np.full((rows, length + 1), EMPTY, dtype=np.int64)
         self.tenant: dict[int, NewRow] = {}
         self.open_transfers: list[Transfer] = []
+        self.transfer_rate = 0.5  # chance that a transfer is done in a step
         self.num_slots_read = 0
 
     def run(self, step: SchedulerOutput, rng: random.Random, draft: float, error: float) -> StepOutput:
@@ -147,7 +148,7 @@ class PretendWorker:
 
     def _finish_transfers(self, result: StepOutput, rng: random.Random) -> None:
         for transfer in list(self.open_transfers):
-            if rng.random() < 0.5:
+            if rng.random() < self.transfer_rate:
                 source, target = (
                     (self.memory, self.host) if transfer.direction is Direction.OUT else (self.host, self.memory)
                 )
@@ -172,8 +173,8 @@ class Trial:
         budget = rng.choice([1, 2, 5, 8, 16, 64])
         one = sum(group.max_blocks(self.max_len, self.size, budget) for group in self.groups)
         num_blocks = one + int(one * rng.choice([0, 0.2, 0.5, 1, 3]) * rng.random())
-        num_host = rng.choice([0, num_blocks // 3, num_blocks])
-        rows = rng.choice([1, 3, 6, 9])
+        num_host = rng.choice([0, num_blocks // 3, num_blocks, num_blocks])
+        rows = rng.choice([1, 4, 8, 12])
         self.batch = Batch(rows, self.max_len)
         self.cached = rng.random() < 0.7
         self.kv = KVCacheManager(
@@ -185,7 +186,9 @@ class Trial:
             enable_prefix_caching=self.cached,
             root=("pretend", "token ids"),
         )
-        policy = rng.choice([Always(Preemption.RECOMPUTE), Always(Preemption.SWAP), SwapForks(), _Random(rng)])
+        policy = rng.choice(
+            [Always(Preemption.RECOMPUTE), Always(Preemption.SWAP), Always(Preemption.SWAP), SwapForks(), _Random(rng)]
+        )
         self.scheduler = Scheduler(
             self.batch,
             self.kv,
@@ -196,6 +199,7 @@ class Trial:
             watermark=rng.choice([0.0, 0.01, 0.1]),
         )
         self.worker = PretendWorker(self.groups, num_blocks, num_host, self.size, rows, self.max_len)
+        self.worker.transfer_rate = rng.choice([0.1, 0.5, 1.0])
         self.draft = rng.choice([0.0, 0.0, 0.4])
         self.error = rng.choice([0.0, 0.0, 0.002])
         self.abort = rng.choice([0.0, 0.05])

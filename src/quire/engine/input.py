@@ -38,7 +38,9 @@ def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
 class InputProcessor:
     """Turns prompts into groups for one model."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, max_model_len: int, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, config: EngineConfig, model: ModelConfig, max_model_len: int, tokenizer: Tokenizer | None
+    ) -> None:
         self._config = config
         self._model = model
         self._max_model_len = max_model_len
@@ -91,7 +93,9 @@ class InputProcessor:
         if isinstance(prompt, Mapping):
             unknown = [key for key in prompt if key not in _PROMPT_KEYS and prompt[key] is not None]
             if unknown:
-                raise RequestError(f"unknown prompt key {unknown[0]!r}; known are {', '.join(_PROMPT_KEYS)}", param="prompt")
+                raise RequestError(
+                    f"unknown prompt key {unknown[0]!r}; known are {', '.join(_PROMPT_KEYS)}", param="prompt"
+                )
             salt = prompt.get("cache_salt")
             if salt is not None and (not isinstance(salt, str) or not salt):
                 raise RequestError("cache_salt must be a string that isn't empty", param="cache_salt")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from quire.config import EngineConfig
 from quire.engine.engine import Engine
 from quire.engine.input import Prompt, as_prompts
+from quire.engine.progress import GenerationProgress
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.outputs import RequestOutput
@@ -155,52 +153,7 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.shutdown()
-
-
-class GenerationProgress:
-    """A progress bar on a terminal: requests done, tokens a second, share of KV blocks in use. Silent elsewhere."""
-
-    def __init__(self, total: int, show: bool, done: int = 0) -> None:
-        self._bar = Progress(
-            TextColumn("generate"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[speed]}"),
-            transient=False,
-        )
-        self._is_shown = show and self._bar.console.is_terminal
-        self._task = self._bar.add_task("generate", total=total, completed=done, speed="")
-        self._began_s = time.monotonic()
-        self._shown_s = 0.0
-        self.num_prompt_tokens = 0
-        self.num_output_tokens = 0
-
-    def advance(self, output: RequestOutput) -> None:
-        self.num_prompt_tokens += len(output.prompt_token_ids or ())
-        self.num_output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
-        self._bar.advance(self._task)
-
-    def show_usage(self, engine: Engine) -> None:
-        now = time.monotonic()
-        if not self._is_shown or now - self._shown_s < 0.2:
-            return
-        self._shown_s = now
-        elapsed = max(now - self._began_s, 1e-6)
-        pool = engine.kv.pool
-        self._bar.update(
-            self._task,
-            speed=f"in {self.num_prompt_tokens / elapsed:,.0f} tok/s, out {self.num_output_tokens / elapsed:,.0f} tok/s, "
-            f"KV {pool.num_held / pool.num_blocks:.0%}",
-        )
-
-    def __enter__(self) -> GenerationProgress:
-        if self._is_shown:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_shown:
-            self._bar.stop()

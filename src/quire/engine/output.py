@@ -108,7 +108,9 @@ class RequestState:
         completion.logprobs.append(found)
         completion.cumulative_logprob += float(row.logprobs[0])  # type: ignore[attr-defined]
 
-    def _as_dict(self, token_ids: SequenceOf[int], logprobs: SequenceOf[float], ranks: SequenceOf[int]) -> TokenLogprobs:
+    def _as_dict(
+        self, token_ids: SequenceOf[int], logprobs: SequenceOf[float], ranks: SequenceOf[int]
+    ) -> TokenLogprobs:
         result: TokenLogprobs = {}
         for token, logprob, rank in zip(token_ids, logprobs, ranks):
             if int(token) not in result:
@@ -125,7 +127,9 @@ class RequestState:
             return None
         completions = [self._completions[branch] for branch in sorted(self._completions)]
         if kind is RequestOutputKind.DELTA:
-            completions = [c for c in completions if not c.was_told_end and (c.finish_reason or c.num_told < len(c.token_ids))]
+            completions = [
+                c for c in completions if not c.was_told_end and (c.finish_reason or c.num_told < len(c.token_ids))
+            ]
             outputs = [self._increment(completion) for completion in completions]
         else:
             outputs = [self._whole(completion) for completion in completions]

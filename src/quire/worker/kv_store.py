@@ -37,9 +37,7 @@ class KVStore:
         shape = (len(spec.layers), 2, spec.num_kv_heads, block_size, spec.head_size)
         try:
             self.blocks_BG2HSD = torch.empty((num_blocks + 1, *shape), dtype=dtype, device=device)
-            self.host_BG2HSD = torch.empty(
-                (num_host_blocks + 1, *shape), dtype=dtype, pin_memory=device.type == "cuda"
-            )
+            self.host_BG2HSD = torch.empty((num_host_blocks + 1, *shape), dtype=dtype, pin_memory=device.type == "cuda")
         except RuntimeError as error:
             raise CapacityError(
                 f"no memory for {num_blocks} KV blocks on {device} and {num_host_blocks} on the host: lower "

@@ -1,0 +1,3 @@
+"""`quire bench NAME`: each benchmark is a module here with HELP, add_arguments(parser) and run(args)."""
+
+NAMES = ("scheduler", "throughput", "waste")

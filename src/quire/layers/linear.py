@@ -1,0 +1,72 @@
+"""Linear layers, split over the tensor-parallel group by columns (outputs) or by rows (inputs).
+
+    ColumnParallelLinear   y = x W^T + b, W [out / size, in]; several checkpoint tensors fused one below the other
+    RowParallelLinear      y = sum over ranks of x W^T, + b once; W [out, in / size]
+
+The pair column -> row needs one all_reduce. Matmuls are torch's own: its bf16 is near this CPU's peak.
+
+Shapes: T tokens, I inputs, O outputs of this rank.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quire.layers.context import BuildContext
+from quire.layers.slots import WeightSlot, empty_parameter
+
+
+class ColumnParallelLinear(nn.Module):
+    """One matmul for all layers that read the same input: q, k and v; or gate and up.
+
+    `pieces` maps each checkpoint name (the last part of its path, say "q_proj") to its number of outputs over all
+    ranks, in the order in which the outputs are laid out. Each rank holds its share of *every* piece, so that whole
+    heads stay together:
+
+        {"q_proj": 8, "k_proj": 4, "v_proj": 4} on 2 ranks: rank 0 has q[0:4] k[0:2] v[0:2], rank 1 the rest
+    """
+
+    def __init__(self, in_size: int, pieces: Mapping[str, int], *, bias: bool, build: BuildContext) -> None:
+        super().__init__()
+        self.group = build.group
+        self.piece_sizes = {
+            name: build.group.share(size, f"the output size of {name}") for name, size in pieces.items()
+        }
+        out_size = sum(self.piece_sizes.values())
+        self.weight = empty_parameter(out_size, in_size, dtype=build.dtype, device=build.device)
+        self.bias = empty_parameter(out_size, dtype=build.dtype, device=build.device) if bias else None
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, I] -> [T, O], the pieces' outputs side by side."""
+        return F.linear(x_TI, self.weight, self.bias)
+
+    def weight_slots(self, path: str) -> Iterator[WeightSlot]:
+        parent = path.rpartition(".")[0]
+        start = 0
+        for name, size in self.piece_sizes.items():
+            for kind, parameter in self.named_parameters():
+                yield WeightSlot(f"{parent}.{name}.{kind}", parameter[start : start + size], self.group, shard_dim=0)
+            start += size
+
+
+class RowParallelLinear(nn.Module):
+    """Takes an input that is split over the ranks, gives the whole output on every rank."""
+
+    def __init__(self, in_size: int, out_size: int, *, bias: bool, build: BuildContext) -> None:
+        super().__init__()
+        self.group = build.group
+        share = build.group.share(in_size, "the input size of a linear layer")
+        self.weight = empty_parameter(out_size, share, dtype=build.dtype, device=build.device)
+        self.bias = empty_parameter(out_size, dtype=build.dtype, device=build.device) if bias else None
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, I] -> [T, O]"""
+        # Only one rank adds the bias, or the sum would hold it `size` times.
+        bias = self.bias if self.group.rank == 0 else None
+        return self.group.all_reduce(F.linear(x_TI, self.weight, bias))
+
+    def weight_slots(self, path: str) -> Iterator[WeightSlot]:
+        yield WeightSlot(f"{path}.weight", self.weight, self.group, shard_dim=1)
+        if self.bias is not None:
+            yield WeightSlot(f"{path}.bias", self.bias, self.group)

@@ -1,0 +1,139 @@
+"""The Llama family: Llama 2 and 3, SmolLM 1 to 3, Mistral, Qwen2 and Qwen3, which differ only in what the config says.
+
+    tokens -> embedding -> [ norm -> attention -> + -> norm -> MLP -> + ] x num_layers -> norm -> (head -> logits)
+
+The tokens of all sequences of a step come as one flat batch, prefill and decode mixed; only attention, through the
+step's context, knows which sequence a token belongs to. Names of modules are those of Hugging Face's checkpoints.
+
+Shapes: T tokens, M rows whose logits are wanted, H hidden size, N query heads, K KV heads, D head size, I intermediate
+size, V vocabulary; N, K and I are this rank's share.
+"""
+
+from torch import Tensor, nn
+
+from quire.attention.base import AttentionSpec
+from quire.layers.attention import Attention
+from quire.layers.context import BuildContext, ForwardContext
+from quire.layers.embedding import Embedding, LMHead
+from quire.layers.linear import ColumnParallelLinear, RowParallelLinear
+from quire.layers.norm import RMSNorm
+from quire.layers.rotary import RotaryEmbedding
+from quire.model_config import ModelConfig
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention. `rotary` is None on layers without positions (SmolLM3's NoPE layers)."""
+
+    def __init__(
+        self, config: ModelConfig, layer_index: int, rotary: RotaryEmbedding | None, build: BuildContext
+    ) -> None:
+        super().__init__()
+        num_heads, num_kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
+        pieces = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.head_dim = head_dim
+        self.attn = Attention(layer_index, num_heads, num_kv_heads, head_dim, config.layer_windows[layer_index], build)
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, pieces, bias=config.qkv_bias, build=build)
+        self.o_proj = RowParallelLinear(q_size, config.hidden_size, bias=config.o_bias, build=build)
+        # Qwen3 norms each head's query and key before they turn.
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, build) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, build) if config.qk_norm else None
+        self.rotary = rotary
+
+    def forward(self, x_TH: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
+        """[T, H] -> [T, H]"""
+        num_tokens = x_TH.shape[0]
+        q, k, v = self.qkv_proj(x_TH).split(list(self.qkv_proj.piece_sizes.values()), dim=-1)
+        q_TND, k_TKD, v_TKD = (part.view(num_tokens, -1, self.head_dim) for part in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TND, k_TKD = self.q_norm(q_TND), self.k_norm(k_TKD)
+        if self.rotary is not None:
+            self.rotary(q_TND, k_TKD, positions_T)
+        o_TND = self.attn(q_TND, k_TKD, v_TKD, ctx)
+        return self.o_proj(o_TND.reshape(num_tokens, -1))
+
+
+class LlamaMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)): SwiGLU, Shazeer 2020."""
+
+    def __init__(self, config: ModelConfig, build: BuildContext) -> None:
+        super().__init__()
+        hidden_size, inner_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        pieces = {"gate_proj": inner_size, "up_proj": inner_size}
+        self.kernels = build.kernels
+        self.gate_up_proj = ColumnParallelLinear(hidden_size, pieces, bias=bias, build=build)
+        self.down_proj = RowParallelLinear(inner_size, hidden_size, bias=bias, build=build)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        """[T, H] -> [T, H]"""
+        return self.down_proj(self.kernels.silu_and_mul(self.gate_up_proj(x_TH)))
+
+
+class LlamaLayer(nn.Module):
+    """One block. The addition after each half is left to the norm that follows it, which does both in one pass."""
+
+    def __init__(self, config: ModelConfig, layer_index: int, rotary: RotaryEmbedding, build: BuildContext) -> None:
+        super().__init__()
+        has_rope = config.layer_ropes[layer_index]
+        self.self_attn = LlamaAttention(config, layer_index, rotary if has_rope else None, build)
+        self.mlp = LlamaMLP(config, build)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+
+    def forward(self, x_TH: Tensor | None, residual_TH: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
+        """`x_TH` is the layer before's output, not yet added to `residual_TH` (None: nothing to add). Both [T, H].
+
+        Gives this layer's output likewise, and advances `residual_TH` in place.
+        """
+        norm = self.input_layernorm
+        h_TH = norm(residual_TH) if x_TH is None else norm.add(x_TH, residual_TH)
+        h_TH = self.self_attn(h_TH, positions_T, ctx)
+        h_TH = self.post_attention_layernorm.add(h_TH, residual_TH)
+        return self.mlp(h_TH)
+
+
+class LlamaModel(nn.Module):
+    """All but the head: tokens into hidden states."""
+
+    def __init__(self, config: ModelConfig, build: BuildContext) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, build)
+        rotary = RotaryEmbedding(config.rope, build)
+        self.layers = nn.ModuleList([LlamaLayer(config, i, rotary, build) for i in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+
+    def forward(self, input_ids_T: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
+        """-> [T, H], the final norm applied."""
+        residual_TH, x_TH = self.embed_tokens(input_ids_T), None
+        for layer in self.layers:
+            x_TH = layer(x_TH, residual_TH, positions_T, ctx)
+        return self.norm.add(x_TH, residual_TH)
+
+
+class LlamaForCausalLM(nn.Module):
+    """The model and its head, apart: only the rows that are sampled from need logits."""
+
+    def __init__(self, config: ModelConfig, build: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config, build)
+        tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = LMHead(config.vocab_size, config.hidden_size, build, tied_to=tied_to)
+
+    @property
+    def attention_specs(self) -> list[AttentionSpec]:
+        """What each layer asks of the attention backend and of the KV cache, by layer."""
+        return [module.spec for module in self.model.layers.modules() if isinstance(module, Attention)]
+
+    def forward(self, input_ids_T: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
+        """One step over a flat batch.
+
+        `input_ids_T`: int32 or int64 [T]. `positions_T`: int64 [T], each token's place in its sequence, below
+        max_model_len. `ctx` holds the plans, and the KV cache, which is written in place.
+        -> hidden states [T, H] in the model's dtype, the final norm applied.
+        """
+        return self.model(input_ids_T, positions_T, ctx)
+
+    def compute_logits(self, hidden_MH: Tensor) -> Tensor:
+        """[M, H] -> logits, fp32 [M, V], V the whole vocabulary on every rank."""
+        return self.lm_head(hidden_MH)
