@@ -757,3 +757,4 @@ class Scheduler:
                 arrived.append(sequence.row)
         rows = np.asarray(arrived, dtype=ROW_DTYPE)
         self.kv.publish(rows, np.minimum(self.batch.num_computed[rows], self.batch.num_tokens[rows]))
+        self.kv.free_behind_windows(rows, self._next_step - 1)

@@ -1,0 +1,45 @@
+"""What loads what: the import rules, and that planning needs no torch."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+from conftest import ROOT
+
+
+def test_import_rules_hold() -> None:
+    if find_spec("importlinter") is None:
+        pytest.skip("import-linter is not installed")
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "quire",
+        "quire.core.scheduler",
+        "quire.core.accounting",
+        "quire.core.memory_plan",
+        "quire.engine.engine",
+        "quire.engine.async_engine",
+        "quire.engine.llm",
+        "quire.executor.base",
+        "quire.bench.scheduler",
+        "quire.bench.throughput",
+    ],
+)
+def test_module_loads_no_torch(module: str) -> None:
+    program = f"import {module}, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_public_names_are_there() -> None:
+    import quire
+
+    for name in quire.__all__:
+        assert getattr(quire, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Missing'"):
+        _ = quire.Missing
