@@ -1,9 +1,14 @@
 """Fixtures and paths that all tests share."""
 
+import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from quire.engine.engine import Engine
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -23,3 +28,43 @@ def shared_data(relative: str) -> Path:
 def stories() -> Path:
     """A trained Llama of 260,000 parameters, with its golden greedy answers."""
     return shared_data("models/stories260K")
+
+
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Path:
+    """A directory with a config.json alone, for random weights: load_format="dummy", skip_tokenizer_init=True."""
+    directory = tmp_path / "tiny"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(TINY_CONFIG))
+    return directory
+
+
+def assert_nothing_leaked(engine: "Engine") -> None:
+    """All blocks are free or cached, and no row is taken."""
+    pool = engine.kv.pool
+    assert pool.num_held == 0
+    assert pool.num_pending == 0
+    assert pool.num_free == pool.num_blocks
+    assert engine.kv.host_pool.num_free == engine.kv.host_pool.num_blocks
+    assert engine.scheduler.num_running == 0
+    assert not engine.has_unfinished
+    engine.kv.check()

@@ -1,3 +1,1 @@
 """`quire bench NAME`: each benchmark is a module here with HELP, add_arguments(parser) and run(args)."""
-
-NAMES = ("scheduler", "throughput", "waste")

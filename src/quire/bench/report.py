@@ -18,7 +18,9 @@ Row = Mapping[str, Any]
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="also write the results as JSON; - prints JSON instead of tables")
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write the results as JSON; - prints JSON instead of tables"
+    )
 
 
 def machine() -> dict[str, Any]:

@@ -26,14 +26,18 @@ BLOCK_SIZE = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-seqs", type=int, nargs="+", default=[64, 256, 1024, 4096])
     parser.add_argument("--steps", type=int, default=320, help="steps measured at each size")
-    parser.add_argument("--repeat", type=int, default=3, help="runs at each size; the one with the lowest median counts")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="runs at each size; the one with the lowest median counts"
+    )
     add_report_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     rows = []
     for count in args.num_seqs:
-        schedule, update = min((_measure(count, args.steps) for _ in range(args.repeat)), key=lambda pair: sum(map(sum, pair)))
+        schedule, update = min(
+            (_measure(count, args.steps) for _ in range(args.repeat)), key=lambda pair: sum(map(sum, pair))
+        )
         both = [a + b for a, b in zip(schedule, update)]
         rows.append(
             {

@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
 
     if bool(args.shape) == bool(args.model):
         raise ConfigError("give either --shape or --model")
-    lengths = read_lengths(args.workload) if args.workload else draw_lengths(args.num_prompts or 32, (16, 256), (16, 128))
+    lengths = (
+        read_lengths(args.workload) if args.workload else draw_lengths(args.num_prompts or 32, (16, 256), (16, 128))
+    )
     lengths = lengths[: args.num_prompts]
     with tempfile.TemporaryDirectory() as directory:
         options: dict[str, Any] = {"skip_tokenizer_init": True}
@@ -76,13 +78,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _quire(config: EngineConfig, lengths: list[Lengths], temperature: float) -> Callable[[], float]:
-    import dataclasses
-
     from quire.engine.llm import LLM
     from quire.sampling_params import SamplingParams
 
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    llm = LLM(**fields)
+    llm = LLM.from_config(config)
     params = [SamplingParams(temperature=temperature, max_tokens=output, ignore_eos=True) for _, output in lengths]
     vocab_size = llm.engine.model.vocab_size
     prompts = draw_prompts(lengths, vocab_size)

@@ -118,6 +118,7 @@ class Scheduler:
         self.policy = policy or SwapForks()
         self.watermark_blocks = int(watermark * kv.pool.num_blocks)
         self.counts = SchedulerCounts()
+        self.admitted: list[RequestGroup] = []  # for the first time, since the caller last emptied this list
         self.waiting_for: Shortage | None = None  # why the first waiting group was not admitted in the last step
         self._groups: dict[str, RequestGroup] = {}
         self._waiting: list[tuple[int, int, RequestGroup]] = []  # a heap; groups that ended meanwhile are skipped
@@ -474,6 +475,7 @@ class Scheduler:
         lead.num_published = len(hit.blocks[0])
         if not group.was_admitted:
             group.was_admitted = True
+            self.admitted.append(group)
             group.num_cached_tokens = hit.num_tokens
             kv.num_prefix_queries += lead.num_tokens
             kv.num_prefix_hits += hit.num_tokens

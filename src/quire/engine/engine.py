@@ -163,6 +163,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Plans as many steps ahead as it may, waits for the oldest, and gives what requests are to be told of it."""
         while (planned := self.scheduler.schedule()) is not None:
+            self._note_admitted()
             self._flights.append((planned, self.executor.submit(planned)))
         touched, self._ended = self._ended, []
         if self._flights:
@@ -171,6 +172,11 @@ class Engine:
             touched += self._process(self.scheduler.update(result), result)
         outputs = (state.take_output() for state in touched)
         return [output for output in outputs if output is not None]
+
+    def _note_admitted(self) -> None:
+        for group in self.scheduler.admitted:
+            self._states[group.request_id].metrics.first_scheduled_time = self.clock()
+        self.scheduler.admitted.clear()
 
     def _process(self, given: StepTokens, result: StepOutput) -> list[RequestState]:
         """Hands tokens to their requests; returns those that have something new."""

@@ -35,6 +35,11 @@ def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     return listed  # type: ignore[return-value]
 
 
+def numbered_seed(base: int, number: int) -> int:
+    """A seed for the `number`-th request of a job that was given one seed: 63 bits that look like no other's."""
+    return int.from_bytes(hashlib.sha256(f"{base}:{number}".encode()).digest()[:8], "little") >> 1
+
+
 class InputProcessor:
     """Turns prompts into groups for one model."""
 
@@ -62,7 +67,9 @@ class InputProcessor:
         )
         text, token_ids, salt = self._read(prompt)
         if params.truncate_prompt_tokens is not None:
-            token_ids = token_ids[-params.truncate_prompt_tokens :]
+            as_many_as_fit = params.truncate_prompt_tokens == -1
+            keep = self._max_model_len - 1 if as_many_as_fit else params.truncate_prompt_tokens
+            token_ids = token_ids[-keep:]
         if len(token_ids) >= self._max_model_len:
             raise RequestError(
                 f"the prompt has {len(token_ids)} tokens; max_model_len={self._max_model_len} must leave room for "
@@ -145,6 +152,5 @@ class InputProcessor:
 
     def _next_seed(self) -> int:
         """A seed for a request that names none: by the engine's seed and a count, so that a script's run can be repeated."""
-        name = f"{self._config.seed}:{self._num_seeds}".encode()
         self._num_seeds += 1
-        return int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1
+        return numbered_seed(self._config.seed, self._num_seeds - 1)

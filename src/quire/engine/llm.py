@@ -31,7 +31,16 @@ class LLM:
     """
 
     def __init__(self, model: str, *, tokenizer: str | None = None, **options: Any) -> None:
-        self.engine = Engine(EngineConfig.from_options(model, tokenizer=tokenizer, **options))
+        self._start(EngineConfig.from_options(model, tokenizer=tokenizer, **options))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> LLM:
+        llm = cls.__new__(cls)
+        llm._start(config)
+        return llm
+
+    def _start(self, config: EngineConfig) -> None:
+        self.engine = Engine(config)
         self._num_requests = 0
 
     # -- generate ------------------------------------------------------------------------------------------------------

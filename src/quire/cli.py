@@ -1,0 +1,436 @@
+"""The command line: `quire generate`, `quire bench`. It turns words into options and errors into one line on stderr.
+
+Options of the engine and of sampling are made from the fields of `EngineConfig` and `SamplingParams`, so that a new field
+is an option as soon as `ENGINE_HELP` or `SAMPLING_HELP` explains it. Every command shares them through `add_engine_arguments`
+and `add_sampling_arguments`. Loads no torch before a command needs it, and does not know how a command does its work.
+
+Exit codes: 0 done, 1 done but some lines failed, 2 an error that the user can mend, 130 interrupted, 141 nobody reads on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import IO, TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
+
+import quire.bench
+from quire import config
+from quire.config import EngineConfig
+from quire.errors import ConfigError, QuireError
+from quire.sampling_params import SamplingParams
+from quire.version import __version__
+
+if TYPE_CHECKING:
+    from quire.engine.llm import LLM
+    from quire.offline import Output
+
+FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+
+ENGINE_HELP = {
+    "model": "a directory in Hugging Face's form, or a hub name",
+    "tokenizer": "directory of the tokenizer, where it isn't the model's",
+    "skip_tokenizer_init": "load no tokenizer: prompts are token ids, and so are answers",
+    "revision": "branch, tag or commit of a hub model",
+    "hf_overrides": "JSON object whose values replace those in the model's config.json",
+    "load_format": "where weights come from; dummy draws random ones and needs a config.json alone",
+    "dtype": "of weights and activations; auto is what the model's config says",
+    "kv_cache_dtype": "of keys and values in the cache; auto is the same as --dtype",
+    "seed": "of random draws: the same seed gives the same answers to the same requests; also of dummy weights",
+    "device": "auto takes a GPU if there is one",
+    "attention_backend": "auto takes the fastest that can do it; reference is slow, plain torch",
+    "max_model_len": "most tokens of a sequence, prompt and answer together (default: the model's limit)",
+    "max_num_seqs": "most sequences that run at once",
+    "max_num_batched_tokens": "token budget of one step (default: 2048, or --max-num-seqs if that is more)",
+    "max_steps_in_flight": "steps planned before the first has come back (default: 1 on a CPU, 2 on a GPU)",
+    "max_logprobs": "most alternatives that a request may ask to see at each position",
+    "block_size": "tokens in a block of the KV cache",
+    "gpu_memory_utilization": "share of the memory that weights, activations and KV cache may take together "
+    "(default: 0.9 of a GPU's, 0.4 of what a CPU's machine has available)",
+    "num_gpu_blocks_override": "have so many KV blocks instead of as many as fit, on a CPU too",
+    "swap_space": "GiB of host memory for the KV blocks of preempted sequences",
+    "preemption_mode": "what to do with the KV blocks of a sequence that must make room; auto recomputes single sequences "
+    "and swaps forked ones",
+    "enable_prefix_caching": "keep the blocks of finished sequences for later prompts that begin alike",
+    "enforce_eager": "use no graphs; on a CPU there are none",
+    "num_threads": "threads of a CPU's kernels (default: one for each core)",
+}
+ENGINE_CHOICES = {
+    "load_format": config.LOAD_FORMATS,
+    "dtype": config.DTYPES,
+    "kv_cache_dtype": config.DTYPES,
+    "device": config.DEVICES,
+    "preemption_mode": config.PREEMPTION_MODES,
+    "attention_backend": config.ATTENTION_BACKENDS,
+}
+SAMPLING_HELP = {
+    "n": "answers to each prompt",
+    "temperature": "0 takes the likeliest token each time; higher is more random",
+    "top_p": "draw from the fewest likeliest tokens whose probabilities sum up to this",
+    "top_k": "draw from this many likeliest tokens; 0 is all",
+    "min_p": "draw from tokens at least this probable, relative to the likeliest",
+    "max_tokens": "most tokens of an answer; none is up to the model's limit",
+    "min_tokens": "no end of any kind before so many tokens",
+    "stop": "text that ends an answer and is cut off; may be given several times",
+    "stop_token_ids": "tokens that end an answer, as in 1,2,3",
+    "include_stop_str_in_output": "leave the stop text in the answer",
+    "ignore_eos": "go on after the end-of-sequence token",
+    "presence_penalty": "lower the logits of tokens that are in the answer already, once; -2 to 2",
+    "frequency_penalty": "lower the logits of tokens in the answer by how often they are there; -2 to 2",
+    "repetition_penalty": "divide the logits of tokens in prompt or answer by this; 1 is off",
+    "logprobs": "tell log probabilities: the token's own and this many of the likeliest; -1 is all",
+    "prompt_logprobs": "the same for the prompt's tokens",
+    "logit_bias": 'JSON object of token ids and what to add to their logits: {"42": -100}',
+    "allowed_token_ids": "draw no tokens but these, as in 1,2,3",
+    "bad_words": "text that an answer must not contain; may be given several times",
+    "truncate_prompt_tokens": "keep this many tokens of a longer prompt, the last ones",
+    "detokenize": "turn answers into text",
+    "skip_special_tokens": "leave special tokens out of the text",
+    "spaces_between_special_tokens": "put spaces between special tokens in the text",
+}
+
+
+# -- options from dataclasses ------------------------------------------------------------------------------------------------
+def add_engine_arguments(parser: argparse.ArgumentParser, *, model_required: bool = True) -> None:
+    """Adds an option for each field of EngineConfig."""
+    group = parser.add_argument_group("engine")
+    types = get_type_hints(EngineConfig)
+    for field in dataclasses.fields(EngineConfig):
+        is_required = model_required and field.default is dataclasses.MISSING
+        _add_option(
+            group,
+            field.name,
+            types[field.name],
+            ENGINE_HELP.get(field.name, ""),
+            choices=ENGINE_CHOICES.get(field.name),
+            required=is_required,
+            default=None if field.default is dataclasses.MISSING else field.default,
+        )
+
+
+def engine_config_from(args: argparse.Namespace, **instead: Any) -> EngineConfig:
+    """The options given, and `instead` of some of them. Raises ConfigError for a value out of range."""
+    names = (field.name for field in dataclasses.fields(EngineConfig))
+    return EngineConfig.from_options(**{name: getattr(args, name) for name in names} | instead)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds an option for each field of SamplingParams that a user may want. The engine's --seed serves for sampling too."""
+    group = parser.add_argument_group(
+        "sampling", "What is not given is as the model recommends (generation_config.json), or as told in brackets."
+    )
+    types = get_type_hints(SamplingParams)
+    defaults = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+    for name, text in SAMPLING_HELP.items():
+        _add_option(group, name, types[name], text, shown_default=defaults[name], default=argparse.SUPPRESS)
+
+
+def sampling_options_from(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given, by the names of SamplingParams' fields."""
+    return {name: getattr(args, name) for name in SAMPLING_HELP if hasattr(args, name)}
+
+
+def sampling_params_from(args: argparse.Namespace, defaults: SamplingParams | None = None) -> SamplingParams:
+    """`defaults` with what was given. Raises RequestError for a value out of range."""
+    return dataclasses.replace(defaults or SamplingParams(), **sampling_options_from(args))
+
+
+def _add_option(
+    group: argparse._ArgumentGroup,
+    name: str,
+    hint: Any,
+    text: str,
+    *,
+    default: Any,
+    shown_default: Any = None,
+    choices: Sequence[str] | None = None,
+    required: bool = False,
+) -> None:
+    """`hint` is the field's type; `default` what the parser gives, `shown_default` what the help tells, if that differs."""
+    flag = "--" + name.replace("_", "-")
+    shown = default if shown_default is None else shown_default
+    if shown not in (None, argparse.SUPPRESS) and not isinstance(shown, bool):
+        text += f" (default: {shown})"
+    text = text.replace("%", "%%")
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if bool in kinds:
+        note = f" (default: {'yes' if shown else 'no'})"
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text + note)
+    elif Sequence[str] in kinds:
+        group.add_argument(flag, action="append", default=default, help=text, metavar="TEXT")
+    elif Sequence[int] in kinds:
+        group.add_argument(flag, type=_token_ids, default=default, help=text, metavar="IDS")
+    elif any(issubclass(getattr(kind, "__origin__", object), Mapping) for kind in kinds):
+        group.add_argument(flag, type=_json_object, default=default, help=text, metavar="JSON")
+    else:
+        (kind,) = (kind for kind in kinds if kind is not type(None))
+        # the values are checked where the option is: one message, however the option came
+        metavar = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "NAME")
+        convert = functools.partial(_or_none, kind) if type(None) in kinds else kind
+        group.add_argument(flag, type=convert, default=default, help=text, metavar=metavar, required=required)
+
+
+def _or_none(kind: Callable[[str], Any], text: str) -> Any:
+    if text.lower() == "none":
+        return None
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids like 1,2,3") from error
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+# -- quire generate ----------------------------------------------------------------------------------------------------------
+def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="answer a file of prompts",
+        description="Answers each line of INPUT with a JSON line in OUTPUT, in the same order. If it is stopped, however "
+        "rudely, the same command goes on where it was.",
+    )
+    parser.add_argument("input", nargs="?", default="-", metavar="INPUT", help="a file; - is stdin (default)")
+    parser.add_argument("-o", "--output", default="-", help="a file; - is stdout (default)")
+    parser.add_argument("--restart", action="store_true", help="overwrite OUTPUT instead of going on with it")
+    parser.add_argument(
+        "--input-format",
+        choices=("text", "jsonl"),
+        help='text: a prompt a line. jsonl: {"prompt": …}, {"prompt_token_ids": …} or {"messages": …} a line, with an "id" '
+        'and sampling parameters ("max_tokens", "seed", …) if wanted (default: jsonl for a file named .jsonl, .ndjson or '
+        ".json, or with --field; text otherwise)",
+    )
+    parser.add_argument("--field", help="key of the prompt's text in a JSON line, instead of prompt")
+    parser.add_argument("--chat", action="store_true", help="send texts through the model's chat template")
+    parser.add_argument("--system", metavar="TEXT", help="system message of each chat; implies --chat")
+    parser.add_argument("--token-ids", action="store_true", help="tell the token ids of answers too")
+    parser.add_argument("--json", metavar="FILE", help="write the summary as JSON; - is stdout, if OUTPUT is a file")
+    add_sampling_arguments(parser)
+    add_engine_arguments(parser)
+    parser.set_defaults(run=_generate, parser=parser)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from quire import offline
+
+    input_format = args.input_format
+    if input_format is None:
+        is_json = args.field is not None or Path(args.input).suffix in (".jsonl", ".ndjson", ".json")
+        input_format = "jsonl" if is_json else "text"
+    job = offline.Job(
+        config=engine_config_from(args),
+        sampling=sampling_options_from(args),
+        input_format=input_format,
+        text_field=args.field,
+        chat=args.chat,
+        system=args.system,
+        with_token_ids=args.token_ids,
+    )
+    if args.json == "-" and args.output == "-":
+        raise ConfigError("--json - and the answers cannot both go to stdout: name a file for one of them")
+    if "-" not in (args.input, args.output) and _is_same_file(args.input, args.output):
+        raise ConfigError(f"{args.input} is both input and output")
+
+    def load() -> LLM:
+        from quire.engine.llm import LLM
+
+        return LLM.from_config(job.config)
+
+    with _open_input(args.input) as lines, _open_output(args.output, restart=args.restart) as output:
+        total = _count_lines(args.input) if sys.stderr.isatty() else None
+        try:
+            summary = offline.run(job, lines, output, load, total=total)
+        except KeyboardInterrupt:
+            how = "" if args.output == "-" else "; the same command goes on from there"
+            print(f"stopped after {output.num_lines} lines{how}", file=sys.stderr)
+            raise
+    print(*summary.describe(), sep="\n", file=sys.stderr)
+    if args.json is not None:
+        text = json.dumps(summary.as_dict(), indent=2)
+        if args.json == "-":
+            print(text)
+        else:
+            Path(args.json).write_text(text + "\n")
+    return FAILED if summary.num_failed else 0
+
+
+def _open_input(name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    if name == "-":
+        return contextlib.nullcontext(sys.stdin.buffer)
+    try:
+        return open(name, "rb")
+    except OSError as error:
+        raise ConfigError(f"cannot open the input {name}: {error.strerror}") from error
+
+
+def _open_output(name: str, *, restart: bool) -> Output:
+    """What isn't a regular file (a pipe, /dev/null) is a stream as stdout is: there is nothing to go on with."""
+    from quire.offline import Output, OutputFile
+
+    if name == "-":
+        return Output(os.fdopen(os.dup(sys.stdout.fileno()), "wb"), "stdout")
+    if Path(name).exists() and not Path(name).is_file():
+        try:
+            return Output(open(name, "wb"), name)
+        except OSError as error:
+            raise ConfigError(f"cannot open the output {name}: {error.strerror}") from error
+    return OutputFile(name, restart=restart)
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False  # one of them isn't there
+
+
+def _count_lines(name: str) -> int | None:
+    """None where counting would use the lines up."""
+    if not Path(name).is_file():
+        return None
+    with open(name, "rb") as file:
+        chunks = iter(lambda: file.read(1 << 20), b"")
+        count, last = 0, b"\n"
+        for chunk in chunks:
+            count, last = count + chunk.count(b"\n"), chunk[-1:]
+    return count + (last != b"\n")
+
+
+# -- quire bench -------------------------------------------------------------------------------------------------------------
+def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "bench", help="measure something", description="Runs a benchmark; without NAME, lists them."
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="which one")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its options: see quire bench NAME --help")
+    parser.set_defaults(run=_bench, parser=parser)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    benches = find_benches()
+    if args.name is None:
+        width = max(map(len, benches), default=0)
+        for name, text in benches.items():
+            print(f"{name:{width}}  {text}")
+        return 0
+    if args.name not in benches:
+        raise ConfigError(f"there is no benchmark {args.name}; there are: {', '.join(benches) or 'none'}")
+    module = importlib.import_module(f"quire.bench.{args.name}")
+    parser = Parser(prog=f"quire bench {args.name}", description=module.HELP)
+    module.add_arguments(parser)
+    status: int = module.run(parser.parse_args(args.arguments))
+    return status
+
+
+def find_benches() -> dict[str, str]:
+    """Modules of quire.bench that say what they measure (`HELP: str`), without importing them: most would load torch."""
+    found = {}
+    for path in sorted(Path(quire.bench.__path__[0]).glob("*.py")):
+        if (text := _help_of(path)) is not None:
+            found[path.stem] = text
+    return found
+
+
+def _help_of(path: Path) -> str | None:
+    """The literal that a module's source assigns to HELP."""
+    for node in ast.parse(path.read_bytes()).body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        if any(isinstance(target, ast.Name) and target.id == "HELP" for target in targets):
+            assert isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
+            return str(ast.literal_eval(node.value))
+    return None
+
+
+# -- the command -------------------------------------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError for a mistake, and names the option that an unknown one was meant to be."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)  # what abbreviates one option today may be two tomorrow
+        self.add_argument("--debug", action="store_true", help="show tracebacks (or set QUIRE_DEBUG=1)")
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            parser = getattr(found, "parser", self)
+            option = unknown[0].split("=")[0]
+            known = re.findall(r"--[a-z][a-z-]*", parser.format_help())
+            close = difflib.get_close_matches(option, known, n=1) if option.startswith("--") else []
+            parser.error(f"unknown option {option}" + (f"; did you mean {close[0]}?" if close else ""))
+        return found
+
+
+def build_parser() -> Parser:
+    """Of the whole command; a command's function is `run` of what it parses, None if none was named."""
+    parser = Parser(prog="quire", description="Serves language models with a KV cache kept in blocks.")
+    parser.add_argument("--version", action="version", version=f"quire {__version__}")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands", parser_class=Parser)
+    _add_generate(commands)
+    _add_bench(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code. `argv`: what follows the program's name."""
+    argv = sys.argv[1:] if argv is None else argv
+    show_traceback = "--debug" in argv or os.environ.get("QUIRE_DEBUG", "0") not in ("", "0")
+    try:
+        return _run(argv)
+    except BrokenPipeError:
+        # the interpreter flushes stdout once more when it ends, and would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        if show_traceback:
+            raise
+        return INTERRUPTED
+    except QuireError as error:
+        if show_traceback:
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return USAGE
+
+
+def _run(argv: Sequence[str]) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.run is None:
+        parser.print_help(sys.stderr)
+        return USAGE
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("quire").setLevel(logging.INFO)
+    status: int = args.run(args)
+    sys.stdout.flush()  # a broken pipe shows here, where it is dealt with
+    return status
