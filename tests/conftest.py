@@ -1,52 +1,17 @@
-"""Fixtures and paths that all tests share."""
+"""Fixtures that all tests share."""
 
 import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from quire.engine.engine import Engine
-
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
-
-sys.path.insert(0, str(Path(__file__).parent / "core"))  # for the pretend worker
-
-
-def shared_data(relative: str) -> Path:
-    """A file or directory of the shared test data; skips the test where it is absent."""
-    path = SHARED / "data" / relative
-    if not path.exists():
-        pytest.skip(f"test data {relative} is not on this machine")
-    return path
+from support import TINY_CONFIG, shared_data
 
 
 @pytest.fixture(scope="session")
 def stories() -> Path:
     """A trained Llama of 260,000 parameters, with its golden greedy answers."""
     return shared_data("models/stories260K")
-
-
-TINY_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-    "eos_token_id": 2,
-    "torch_dtype": "float32",
-}
 
 
 @pytest.fixture
@@ -56,15 +21,3 @@ def tiny_model(tmp_path: Path) -> Path:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(TINY_CONFIG))
     return directory
-
-
-def assert_nothing_leaked(engine: "Engine") -> None:
-    """All blocks are free or cached, and no row is taken."""
-    pool = engine.kv.pool
-    assert pool.num_held == 0
-    assert pool.num_pending == 0
-    assert pool.num_free == pool.num_blocks
-    assert engine.kv.host_pool.num_free == engine.kv.host_pool.num_blocks
-    assert engine.scheduler.num_running == 0
-    assert not engine.has_unfinished
-    engine.kv.check()

@@ -5,7 +5,8 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT
+
+from support import ROOT
 
 
 def test_import_rules_hold() -> None:

@@ -200,7 +200,7 @@ FAULTS: list[Fault] = [
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_the_load_finds_a_planted_fault(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch)
-    with pytest.raises(AssertionError, match="trial .* failed") as caught:
+    with pytest.raises(AssertionError, match=r"trial .* failed") as caught:
         fuzz(20_000)
     print(f"\n{fault.__name__}: {caught.value}")
 

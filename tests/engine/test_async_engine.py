@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_nothing_leaked
 
 from quire import AsyncEngine, SamplingParams
 from quire.errors import EngineDeadError, RequestError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind
+from support import assert_nothing_leaked
 
 OPTIONS: dict[str, Any] = {"load_format": "dummy", "skip_tokenizer_init": True, "num_threads": 1, "max_num_seqs": 8}
 

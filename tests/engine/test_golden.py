@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_nothing_leaked
 
 from quire import LLM, SamplingParams
 from quire.core.preemption import Preemption
+from support import assert_nothing_leaked
 
 Golden = dict[str, Any]
 NUM_EXTRA = 48  # golden tokens that lengthen a prompt

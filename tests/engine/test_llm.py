@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_CONFIG, assert_nothing_leaked, shared_data
 
 from quire import LLM, SamplingParams
 from quire.errors import CapacityError, ConfigError, ModelError, RequestError
+from support import TINY_CONFIG, assert_nothing_leaked, shared_data
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 

@@ -1,4 +1,4 @@
-"""Benchmark results as a table for people and as JSON for programs. Quote ratios within one report, never numbers across two."""
+"""Benchmark results as a table for people and as JSON for programs. Compare within one report, never across two."""
 
 from __future__ import annotations
 

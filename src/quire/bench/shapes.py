@@ -1,4 +1,4 @@
-"""Shapes of well-known models, as config.json contents: benchmarks draw random weights for them, since speed needs no others."""
+"""Shapes of well-known models, as config.json contents, for benchmarks that draw random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Lists of requests by length. Token ids are drawn at random and answers ignore the end token: every engine does the same work."""
+"""Lists of requests by length.
+
+Token ids are drawn at random, and answers ignore the end token: every engine does the same work.
+"""
 
 from __future__ import annotations
 

@@ -334,17 +334,18 @@ class KVCacheManager:
 
     def publish(self, rows: np.ndarray, num_tokens: np.ndarray) -> None:
         """Offers the full blocks of running sequences, up to `num_tokens` (computed and accepted), to the prefix cache."""
+        size, sequences = self.block_size, self.batch.sequences
+        have_one = num_tokens >= size
+        rows, last = rows[have_one], num_tokens[have_one] // size - 1
         if not self.enable_prefix_caching or not len(rows):
             return
-        size, sequences = self.block_size, self.batch.sequences
-        last = num_tokens // size - 1
         # nearly always there is one new block a row: all rows' tokens and blocks are fetched at once
         tokens = self.batch.token_ids[rows[:, None], (last * size)[:, None] + np.arange(size)].astype("<i4", copy=False)
         raw, width = tokens.tobytes(), 4 * size
         blocks = [table[rows, last].tolist() for table in self.tables]
         for i, (row, index) in enumerate(zip(rows.tolist(), last.tolist())):
             sequence: TokenSequence = sequences[row]
-            if index < 0 or sequence.num_published > index:
+            if sequence.num_published > index:
                 continue
             for earlier in range(sequence.num_published, index):
                 start = earlier * size
