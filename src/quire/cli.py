@@ -65,7 +65,7 @@ ENGINE_HELP = {
     "and swaps forked ones",
     "enable_prefix_caching": "keep the blocks of finished sequences for later prompts that begin alike",
     "enforce_eager": "use no graphs; on a CPU there are none",
-    "num_threads": "threads of a CPU's kernels (default: one for each core)",
+    "num_threads": "threads of a CPU's kernels (default: one for each core, or one in all for a model of a few megabytes)",
 }
 ENGINE_CHOICES = {
     "load_format": config.LOAD_FORMATS,

@@ -38,6 +38,7 @@ class EngineConfig:
     preemption_mode: "recompute", "swap", or "auto": recompute single sequences, swap forked ones.
     max_num_seqs: sequences that run at once. max_num_batched_tokens: token budget of one step; None chooses one.
     max_steps_in_flight: steps planned before the first has come back; None chooses 1 on a CPU, 2 on a GPU.
+    num_threads: of a CPU; None is all that the process may use, or one for models of a few megabytes.
     enforce_eager: accepted; there are no graphs on a CPU that it could switch off.
     """
 

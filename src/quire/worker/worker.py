@@ -29,6 +29,8 @@ from quire.worker.weights import load_weights, resolve_dtype
 
 logger = logging.getLogger(__name__)
 
+SMALL_MODEL_BYTES = 16 << 20  # read from a core's own caches: a step of it takes about as long as a few barriers
+
 
 class Worker:
     """Constructed with the model loaded; `allocate` makes KV memory, and then it runs steps."""
@@ -46,8 +48,6 @@ class Worker:
         self._groups = groups
         self._max_model_len = max_model_len
         self._device = _choose_device(config.device)
-        if self._device.type == "cpu":
-            torch.set_num_threads(config.num_threads or _num_cores())
         self._dtype = resolve_dtype(config.dtype, model)
         self._kv_dtype = getattr(torch, groups[0].dtype)
         prefer = "torch" if config.attention_backend == "reference" else "auto"
@@ -64,7 +64,17 @@ class Worker:
         self._model = build_model(model, build)
         load_weights(self._model, directory, load_format=config.load_format, seed=config.seed)
         self._model.eval()
+        if self._device.type == "cpu":
+            torch.set_num_threads(config.num_threads or self._choose_threads())
         self._runner: ModelRunner | None = None
+
+    def _choose_threads(self) -> int:
+        """All cores, or one for a model so small that threads would spend their time waiting for each other."""
+        return 1 if self._weights_bytes < SMALL_MODEL_BYTES else _num_cores()
+
+    @property
+    def _weights_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self._model.parameters())
 
     @property
     def device_report(self) -> DeviceReport:
@@ -78,7 +88,7 @@ class Worker:
         )
 
     def report_memory(self) -> MemoryReport:
-        weights = sum(parameter.nbytes for parameter in self._model.parameters())
+        weights = self._weights_bytes
         budget = memory.budget_bytes(self._config, self._device, weights)
         swap = int(self._config.swap_space * memory.GIB)
         if self._device.type == "cpu":
