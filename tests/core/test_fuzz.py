@@ -8,6 +8,7 @@ import pytest
 from pretend import Trial, fuzz
 
 from quire.core import kv_cache, scheduler
+from quire.core.admission import AdmissionControl
 from quire.core.batch import Batch
 from quire.core.block_pool import BlockPool
 from quire.core.kv_cache import KVCacheManager
@@ -51,7 +52,7 @@ def no_copy_on_write(patch: pytest.MonkeyPatch) -> None:
 
 
 def hit_covers_the_last_token(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Scheduler, "_max_hit", lambda self, group: group.live[0].num_tokens)
+    patch.setattr(AdmissionControl, "_max_hit", lambda self, group: group.live[0].num_tokens)
 
 
 def partial_hit_is_a_token_too_long(patch: pytest.MonkeyPatch) -> None:
@@ -170,7 +171,7 @@ def aborted_swapped_group_keeps_host_blocks(patch: pytest.MonkeyPatch) -> None:
 
 
 def tokens_behind_the_end_are_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Scheduler, "_keep_until_end", lambda self, sequence, tokens: None)
+    patch.setattr(scheduler, "cut_behind_end", lambda sequence, tokens: None)
 
 
 def budget_is_not_shared(patch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from quire.core.sequence import RequestGroup, Sequence, Status
+from quire.core.sequence import Sequence, Status
+from quire.core.stop import all_stop_ids
 
 UNLIMITED = np.iinfo(np.int32).max
 MAX_STOP_IDS = 8  # per row in the array; a sequence with more of them is looked at by itself
@@ -94,7 +95,3 @@ class Batch:
         self.epoch[row] += 1
         self._free_rows.append(row)
         self._order = None
-
-
-def all_stop_ids(group: RequestGroup) -> list[int]:
-    return [*group.stop_token_ids, *(group.params.stop_token_ids or ())]

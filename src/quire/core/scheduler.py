@@ -13,37 +13,18 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 
-from quire.core.batch import UNLIMITED, Batch, all_stop_ids
-from quire.core.block_pool import NULL_BLOCK
+from quire.core.admission import Admission, AdmissionControl, Shortage, common_start
+from quire.core.batch import UNLIMITED, Batch
 from quire.core.kv_cache import AllocationPlan, KVCacheManager, PrefixHit
 from quire.core.preemption import Preemption, PreemptionPolicy, SwapForks
 from quire.core.sequence import FinishReason, RequestGroup, Sequence, Status
 from quire.core.step import Direction, NewRow, SchedulerOutput, StepOutput, Transfer
-from quire.errors import RequestError
+from quire.core.stop import cut_behind_end, find_end
 
 ROW_DTYPE = np.int32
-
-
-class Admission(Enum):
-    """Can this group run? Each answer but NOW comes with a `Shortage`."""
-
-    NOW = "now"
-    LATER = "later"
-    NEVER = "never"
-
-
-class Shortage(Enum):
-    """What a group waits for. The list is open: later kinds of work have resources of their own."""
-
-    BLOCKS = "blocks"
-    BUDGET = "budget"
-    ROWS = "rows"
-    IN_FLIGHT = "in flight"  # a step or a transfer that still works on it has not come back
-    LENGTH = "length"  # longer than max_model_len
 
 
 @dataclass(slots=True)
@@ -116,7 +97,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.max_steps_in_flight = max_steps_in_flight
         self.policy = policy or SwapForks()
-        self.watermark_blocks = int(watermark * kv.pool.num_blocks)
+        self.admission = AdmissionControl(batch, kv, max_num_batched_tokens, max_model_len, watermark)
         self.counts = SchedulerCounts()
         self.admitted: list[RequestGroup] = []  # for the first time, since the caller last emptied this list
         self.waiting_for: Shortage | None = None  # why the first waiting group was not admitted in the last step
@@ -140,47 +121,11 @@ class Scheduler:
         prompt, params = len(group.prompt_token_ids), group.params
         left = self.max_model_len - prompt
         group.max_tokens = left if params.max_tokens is None else min(params.max_tokens, left)
-        verdict, shortage, message = self.can_ever_run(group)
-        if verdict is Admission.NEVER:
-            field_name = {Shortage.LENGTH: "prompt", Shortage.ROWS: "n", Shortage.BLOCKS: "max_tokens"}[shortage]
-            raise RequestError(message, param=field_name)
+        self.admission.check_ever(group)
         group.arrival = self._next_arrival
         self._next_arrival += 1
         self._groups[group.request_id] = group
         self._wait(group)
-
-    def can_ever_run(self, group: RequestGroup) -> tuple[Admission, Shortage, str]:
-        """NEVER, with the reason, for a group that does not fit even when it is alone; LATER otherwise."""
-        prompt, n = len(group.prompt_token_ids), group.params.n
-        if group.max_tokens < 1:
-            return (
-                Admission.NEVER,
-                Shortage.LENGTH,
-                f"the prompt has {prompt} tokens; max_model_len={self.max_model_len} must leave room for one more",
-            )
-        if n > self.batch.max_num_seqs:
-            return Admission.NEVER, Shortage.ROWS, f"n={n} is more than max_num_seqs={self.batch.max_num_seqs}"
-        needed = self._most_blocks(group)
-        if needed > self.kv.pool.num_blocks:
-            return (
-                Admission.NEVER,
-                Shortage.BLOCKS,
-                f"the request may need {needed} KV blocks (prompt {prompt} tokens, n={n}, "
-                f"max_tokens={group.max_tokens}), the engine has {self.kv.pool.num_blocks}: lower n or max_tokens",
-            )
-        return Admission.LATER, Shortage.BUDGET, ""
-
-    def _most_blocks(self, group: RequestGroup) -> int:
-        """Blocks that a group holds at most when alone: n sequences that share the prompt's full blocks."""
-        size, n = self.kv.block_size, group.params.n
-        prompt = len(group.prompt_token_ids)
-        total = prompt + group.max_tokens - 1  # the last token's keys and values are not needed
-        most = 0
-        for spec in self.kv.groups:
-            one = spec.max_blocks(total, size, self.max_num_batched_tokens)
-            shared = min(prompt // size, one) if spec.window is None else 0
-            most += shared + n * (one - shared)
-        return most
 
     def get(self, request_id: str) -> RequestGroup | None:
         return self._groups.get(request_id)
@@ -386,83 +331,26 @@ class Scheduler:
             if group.is_finished:
                 heapq.heappop(self._waiting)
                 continue
-            verdict, shortage, hit = self._can_run_now(group, budget)
-            if verdict is not Admission.NOW:
-                self.waiting_for = shortage
+            if self._is_in_flight(group):
+                self.waiting_for = Shortage.IN_FLIGHT
+                break
+            verdict = self.admission.now(group, budget, self.batch.num_free_rows - sum(self._kept_rows.values()))
+            if verdict.answer is not Admission.NOW:
+                self.waiting_for = verdict.shortage
                 break
             heapq.heappop(self._waiting)
-            if group.live[0].status is Status.SWAPPED:
+            if verdict.hit is None:
                 self._swap_in(group)
-                continue
-            part = self._start(group, hit, budget)
-            budget -= int(part[2].sum())
-            parts.append(part)
+            else:
+                part = self._start(group, verdict.hit, budget)
+                budget -= int(part[2].sum())
+                parts.append(part)
         return parts
 
-    def _can_run_now(self, group: RequestGroup, budget: int) -> tuple[Admission, Shortage | None, PrefixHit]:
-        kv, live = self.kv, group.live
-        no_hit = PrefixHit(blocks=[[] for _ in kv.groups])
-        if group.num_rows > self.batch.num_free_rows - sum(self._kept_rows.values()):
-            return Admission.LATER, Shortage.ROWS, no_hit
-        in_step = max(sequence.last_step for sequence in live) > kv.pool.completed_step
-        if in_step or any(leaving is group for leaving in self._leaving.values()):
-            return Admission.LATER, Shortage.IN_FLIGHT, no_hit
-        if self.batch.num_running:
-            spare = kv.pool.num_free - self.watermark_blocks - self._promised_blocks()
-        else:
-            spare = kv.pool.num_free
-        if live[0].status is Status.SWAPPED:
-            needed = kv.num_to_swap_in(live) + len(live)  # and their next tokens
-            # alone it must come back even when that fills the pool
-            fits = needed <= spare or (not self.batch.num_running and needed - len(live) <= spare)
-            return (Admission.NOW, None, no_hit) if fits else (Admission.LATER, Shortage.BLOCKS, no_hit)
-        if budget <= 0:
-            return Admission.LATER, Shortage.BUDGET, no_hit
-        hit = kv.lookup(live[0], self._max_hit(group))
-        if hit.partial and self._blocks_to_start(group, hit) > spare:
-            hit = hit.without_partial()  # its source would be pinned beside its copy
-        if self._blocks_to_start(group, hit) > spare:
-            return Admission.LATER, Shortage.BLOCKS, no_hit
-        return Admission.NOW, None, hit
-
-    def _blocks_to_start(self, group: RequestGroup, hit: PrefixHit) -> int:
-        """Blocks that stop being available when a group without any computes all tokens that it knows."""
-        size, (lead, *others) = self.kv.block_size, group.live
-        first_chunk = min(lead.num_tokens - hit.num_tokens, self.max_num_batched_tokens)
-        needed = self.kv.num_revived(hit)
-        for spec, table in zip(self.kv.groups, hit.blocks):
-            blocks = spec.max_blocks(lead.num_tokens, size, first_chunk)
-            needed += max(blocks - sum(block != NULL_BLOCK for block in table), 0)
-        shared = len(group.prompt_token_ids) // size
-        for sequence in others:
-            needed += (-(-sequence.num_tokens // size) - shared) * len(self.kv.groups)
-        return needed
-
-    def _promised_blocks(self) -> int:
-        """Blocks that running sequences still have to take for the tokens they know."""
-        batch, size = self.batch, self.kv.block_size
-        rows = batch.rows_in_order()
-        known = -(-np.minimum(batch.num_tokens[rows] + batch.num_pending[rows], batch.max_total[rows] - 1) // size)
-        return sum(int(np.maximum(known - have[rows], 0).sum()) for have in self.kv.num_blocks)
-
-    def _max_hit(self, group: RequestGroup) -> int:
-        """The logits of the last known token are wanted, and of the whole prompt's when its logprobs are asked for.
-
-        Where others are to fork from the first sequence, it has at least one token to compute before that point.
-        """
-        lead = group.live[0]
-        if group.params.prompt_logprobs is not None and not lead.num_output_tokens:
-            return 0
-        fork_points = [self._common_start(sequence, lead) for sequence in group.live[1:]]
-        return min(lead.num_tokens, *fork_points) - 1 if fork_points else lead.num_tokens - 1
-
-    @staticmethod
-    def _common_start(sequence: Sequence, source: Sequence) -> int:
-        """How many tokens of `sequence`, whose last is always to be computed, stand in `source` as well."""
-        a, b = sequence.token_ids, source.token_ids
-        size = min(len(a) - 1, len(b))
-        differ = np.flatnonzero(a[:size] != b[:size])
-        return int(differ[0]) if len(differ) else size
+    def _is_in_flight(self, group: RequestGroup) -> bool:
+        """A step, or a transfer to the host, that works on a preempted group has not come back."""
+        last_step = max(sequence.last_step for sequence in group.live)
+        return last_step > self.kv.pool.completed_step or any(leaving is group for leaving in self._leaving.values())
 
     def _start(self, group: RequestGroup, hit: PrefixHit, budget: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Gives a group without blocks its rows, and its first sequence some tokens; the others fork from that."""
@@ -480,7 +368,7 @@ class Scheduler:
             kv.num_prefix_queries += lead.num_tokens
             kv.num_prefix_hits += hit.num_tokens
         for i, sequence in enumerate(live[1:], start=1):
-            starts = [self._common_start(sequence, source) for source in live[:i]]
+            starts = [common_start(sequence, source) for source in live[:i]]
             best = int(np.argmax(starts))
             self._forks.append(_WaitingFork(live[best], sequence, starts[best]))
         for sequence in live:
@@ -677,7 +565,7 @@ class Scheduler:
         stopped = (batch.stop_ids[rows] == tokens[:, None]).any(axis=1) & (counts >= batch.min_total[rows])
         ended = stopped | (counts >= batch.max_total[rows]) | batch.has_many_stop_ids[rows]
         for i in np.flatnonzero(ended).tolist():
-            self._check_end(sequences[i], [int(tokens[i])], given)
+            self._check_end(sequences[i], given)
 
     def _append_special(self, flight: _Flight, result: StepOutput, sample: int, given: StepTokens) -> None:
         """A sample that failed, gave several tokens, or whose sequence has left its row."""
@@ -692,13 +580,13 @@ class Scheduler:
         had_drafts = index in flight.output.draft_token_ids
         tokens = list(result.accepted.get(sample, [int(result.token_ids[sample])]))
         if sequence.status is not Status.RUNNING:
-            self._keep_until_end(sequence, tokens)
+            cut_behind_end(sequence, tokens)
             sequence.append_while_waiting(tokens)
             if sequence.status is Status.SWAPPED and had_drafts:
                 sequence.rewind(sequence.num_tokens - 1)
         else:
             row, batch = sequence.row, self.batch
-            self._keep_until_end(sequence, tokens)
+            cut_behind_end(sequence, tokens)
             count = int(batch.num_tokens[row])
             batch.token_ids[row, count : count + len(tokens)] = tokens
             batch.num_tokens[row] = count + len(tokens)
@@ -710,31 +598,14 @@ class Scheduler:
         given.sequences += [sequence] * len(tokens)
         given.token_ids += tokens
         given.samples += [sample] * len(tokens)
-        self._check_end(sequence, tokens, given)
+        self._check_end(sequence, given)
 
-    def _keep_until_end(self, sequence: Sequence, tokens: list[int]) -> None:
-        """Cuts accepted tokens behind the one that ends the sequence."""
-        group = sequence.group
-        stops = set(all_stop_ids(group))
-        output = sequence.num_output_tokens
-        for i, token in enumerate(tokens):
-            output += 1
-            if output >= group.max_tokens or (token in stops and output >= group.params.min_tokens):
-                del tokens[i + 1 :]
-                return
-
-    def _check_end(self, sequence: Sequence, tokens: list[int], given: StepTokens) -> None:
-        group, token = sequence.group, tokens[-1]
-        num_output = sequence.num_output_tokens
-        if num_output >= group.params.min_tokens and token in group.stop_token_ids:
-            sequence.finish_reason = FinishReason.STOP
-        elif num_output >= group.params.min_tokens and token in (group.params.stop_token_ids or ()):
-            sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, token
-        elif num_output >= group.max_tokens:
-            sequence.finish_reason = FinishReason.LENGTH
-        else:
-            return
-        given.finished.append(sequence)
+    @staticmethod
+    def _check_end(sequence: Sequence, given: StepTokens) -> None:
+        end = find_end(sequence)
+        if end is not None:
+            sequence.finish_reason, sequence.stop_reason = end
+            given.finished.append(sequence)
 
     def _publish(self, flight: _Flight, here: np.ndarray) -> None:
         """Blocks that this step filled get their names; blocks that windows have left behind are let go."""
