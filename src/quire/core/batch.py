@@ -38,7 +38,7 @@ class Batch:
         self.max_total = column()  # prompt + max_tokens
         self.min_total = column()  # prompt + min_tokens: before that, no token stops
         self.limit = column(UNLIMITED)  # num_scheduled must not pass it yet: it waits for something
-        self.last_step = column(-1)
+        self.last_step = np.full(max_num_seqs, -1, dtype=np.int64)
         self.epoch = column()  # counts the row's tenants
         self.stop_ids = np.full((max_num_seqs, MAX_STOP_IDS), -1, dtype=np.int32)
         self.has_many_stop_ids = np.zeros(max_num_seqs, dtype=np.bool_)
