@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_nothing_leaked
 
 from quire import LLM, SamplingParams
+from support import assert_nothing_leaked
 
 pytestmark = [
     pytest.mark.gpu,
