@@ -307,6 +307,11 @@ class TestStart:
         with tiny(tiny_model, gpu_memory_utilization=0.1, swap_space=1, **options) as llm:
             assert len(ids_of(llm.generate([[3]], GREEDY, use_tqdm=False))[0]) == 6
 
+    def test_weights_larger_than_the_machine_are_refused_before_they_are_loaded(self, tiny_model: Path) -> None:
+        huge = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 200}
+        with pytest.raises(CapacityError, match="the model's weights take .* GiB in float32"):
+            tiny(tiny_model, hf_overrides=huge)
+
     def test_memory_is_sized_from_the_machine(self, tiny_model: Path) -> None:
         with tiny(tiny_model, max_num_seqs=4) as llm:
             # never more than all rows can fill

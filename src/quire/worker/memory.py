@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from quire.config import EngineConfig
+from quire.core.memory_plan import GIB, format_bytes
+from quire.errors import CapacityError
 from quire.model_config import ModelConfig
 
-GIB = 1 << 30
 GPU_UTILIZATION = 0.9
 CPU_UTILIZATION = 0.4  # the machine has other things to do
 _CGROUPS = (  # limit, usage: version 2, then 1
@@ -45,6 +46,17 @@ def _read_count(path: str) -> int | None:
         return int(Path(path).read_text())
     except (OSError, ValueError):  # absent, or "max"
         return None
+
+
+def check_weights_fit(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises CapacityError before anything is loaded, where the machine would only run out of memory halfway."""
+    needed = model.num_parameters * dtype.itemsize
+    have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    if needed > have:
+        raise CapacityError(
+            f"the model's weights take {format_bytes(needed)} in {str(dtype).removeprefix('torch.')}, and {device} has "
+            f"{format_bytes(have)} available: use a smaller model or dtype, or free memory"
+        )
 
 
 def budget_bytes(config: EngineConfig, device: torch.device, weights_bytes: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from quire.attention.select import select_backend
 from quire.config import DeviceReport, EngineConfig, MemoryReport
 from quire.core.cache_group import CacheGroup
+from quire.core.memory_plan import GIB
 from quire.core.step import SchedulerOutput, StepOutput
 from quire.errors import ConfigError
 from quire.kernels import select_kernels
@@ -50,6 +51,7 @@ class Worker:
         self._device = _choose_device(config.device)
         self._dtype = resolve_dtype(config.dtype, model)
         self._kv_dtype = getattr(torch, groups[0].dtype)
+        memory.check_weights_fit(model, self._dtype, self._device)
         prefer = "torch" if config.attention_backend == "reference" else "auto"
         self._kernels = select_kernels(self._device, prefer)
         self._attention = select_backend(config.attention_backend, self._device, self._kernels)
@@ -90,7 +92,7 @@ class Worker:
     def report_memory(self) -> MemoryReport:
         weights = self._weights_bytes
         budget = memory.budget_bytes(self._config, self._device, weights)
-        swap = int(self._config.swap_space * memory.GIB)
+        swap = int(self._config.swap_space * GIB)
         if self._device.type == "cpu":
             # host and device are one memory here: what is swapped out comes out of the same budget
             swap = min(swap, budget // 8)
