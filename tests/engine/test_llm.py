@@ -309,7 +309,7 @@ class TestStart:
 
     def test_weights_larger_than_the_machine_are_refused_before_they_are_loaded(self, tiny_model: Path) -> None:
         huge = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 200}
-        with pytest.raises(CapacityError, match="the model's weights take .* GiB in float32"):
+        with pytest.raises(CapacityError, match=r"the model's weights take .* GiB in float32"):
             tiny(tiny_model, hf_overrides=huge)
 
     def test_memory_is_sized_from_the_machine(self, tiny_model: Path) -> None:

@@ -14,7 +14,7 @@ from quire.engine.progress import GenerationProgress
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.outputs import RequestOutput
-from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.sampling_params import RequestOutputKind, SamplingParams, recommended_sampling
 
 ParamsLike = SamplingParams | Sequence[SamplingParams] | None
 
@@ -114,14 +114,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends, over `SamplingParams()`."""
-        wanted = {
-            name: value
-            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-            if (value := self.engine.model.generation.get(name)) is not None
-        }
-        if self.engine.model.generation.get("do_sample") is False:
-            wanted = {"temperature": 0.0}
-        return SamplingParams(**wanted)  # type: ignore[arg-type]
+        return SamplingParams(**recommended_sampling(self.engine.model.generation))
 
     def get_tokenizer(self) -> Tokenizer:
         if self.engine.tokenizer is None:
@@ -141,7 +134,7 @@ class LLM:
     def _run(self, ids: list[str], show: bool) -> list[RequestOutput]:
         results: dict[str, RequestOutput] = {}
         with GenerationProgress(len(ids), show) as progress:
-            while len(results) < len(ids):
+            while self.engine.has_unfinished:  # also of a step in flight whose tokens nobody wants any more
                 for output in self.engine.step():
                     results[output.request_id] = output
                     progress.advance(output)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from quire.config import EngineConfig
-from quire.core.memory_plan import GIB, format_bytes
+from quire.core.memory_plan import format_bytes
 from quire.errors import CapacityError
 from quire.model_config import ModelConfig
 
