@@ -191,6 +191,14 @@ class SamplingParams:
         return frozenset(self.stop_token_ids or ()) | (frozenset() if self.ignore_eos else frozenset(eos_token_ids))
 
 
+def recommended_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters that a model's generation_config.json recommends, by the names of SamplingParams' fields."""
+    if generation.get("do_sample") is False:
+        return {"temperature": 0.0}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return {name: generation[name] for name in names if generation.get(name) is not None}
+
+
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
     """Beam search: keep the `beam_width` likeliest continuations of a prompt.

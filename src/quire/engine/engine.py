@@ -57,7 +57,8 @@ class Engine:
         directory = resolve_model(config.model, revision=config.revision, config_only=config.load_format == "dummy")
         self.model: ModelConfig = load_model_config(directory, config.hf_overrides)
         self.max_model_len = self.model.resolve_max_model_len(config.max_model_len)
-        self.tokenizer = None if config.skip_tokenizer_init else Tokenizer.from_dir(config.tokenizer or directory)
+        self.tokenizer_dir = config.tokenizer or directory
+        self.tokenizer = None if config.skip_tokenizer_init else Tokenizer.from_dir(self.tokenizer_dir)
         kv_dtype = _kv_dtype(config, self.model)
         self.groups = form_groups(self.model.layer_windows, self.model.num_kv_heads, self.model.head_dim, kv_dtype)
         began_s = clock()
