@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quire import LLM, SamplingParams
+from quire.engine.engine import CACHED_GENERATIONS
 from quire.errors import CapacityError, ConfigError, ModelError, RequestError
 from support import TINY_CONFIG, assert_nothing_leaked, shared_data
 
@@ -313,9 +314,11 @@ class TestStart:
             tiny(tiny_model, hf_overrides=huge)
 
     def test_memory_is_sized_from_the_machine(self, tiny_model: Path) -> None:
-        with tiny(tiny_model, max_num_seqs=4) as llm:
+        with tiny(tiny_model, max_num_seqs=4, enable_prefix_caching=False) as llm:
             # never more than all rows can fill
             assert llm.engine.memory.num_blocks == 4 * 256 // 16
+        with tiny(tiny_model, max_num_seqs=4) as llm:
+            assert llm.engine.memory.num_blocks == 4 * CACHED_GENERATIONS * 256 // 16
             plan = llm.engine.memory
             assert plan.kv_bytes + plan.weights_bytes + plan.activation_bytes <= plan.budget_bytes
 

@@ -129,7 +129,9 @@ class AdmissionControl:
             needed += max(blocks - sum(block != NULL_BLOCK for block in table), 0)
         shared = len(group.prompt_token_ids) // size
         for sequence in others:
-            needed += (-(-sequence.num_tokens // size) - shared) * len(self._kv.groups)
+            for spec in self._kv.groups:
+                blocks = spec.max_blocks(sequence.num_tokens, size, self._max_step_tokens)
+                needed += blocks - shared if spec.window is None else blocks
         return needed
 
     def _promised_blocks(self) -> int:
@@ -137,7 +139,14 @@ class AdmissionControl:
         batch, size = self._batch, self._kv.block_size
         rows = batch.rows_in_order()
         known = -(-np.minimum(batch.num_tokens[rows] + batch.num_pending[rows], batch.max_total[rows] - 1) // size)
-        return sum(int(np.maximum(known - have[rows], 0).sum()) for have in self._kv.num_blocks)
+        promised = 0
+        for spec, have, first in zip(self._kv.groups, self._kv.num_blocks, self._kv.first_block):
+            missing = known - have[rows]
+            if spec.window is not None:  # it lets go of blocks as it takes others
+                most = spec.max_blocks(self._max_model_len, size, self._max_step_tokens)
+                missing = np.minimum(missing, most - (have[rows] - first[rows]))
+            promised += int(np.maximum(missing, 0).sum())
+        return promised
 
     def _max_hit(self, group: RequestGroup) -> int:
         """The logits of the last known token are wanted, and of the whole prompt's when its logprobs are asked for.

@@ -49,6 +49,18 @@ def format_bytes(count: float) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.1f} MiB"
 
 
+def _longest_that_fits(groups: Sequence[CacheGroup], num_blocks: int, block_size: int, max_step_tokens: int) -> int:
+    """Tokens of the longest sequence that `num_blocks` hold, where one is too long for them."""
+    fits, too_long = 0, num_blocks * block_size + 1
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if sum(group.max_blocks(middle, block_size, max_step_tokens) for group in groups) <= num_blocks:
+            fits = middle
+        else:
+            too_long = middle
+    return fits
+
+
 def plan_memory(
     groups: Sequence[CacheGroup],
     *,
@@ -76,7 +88,7 @@ def plan_memory(
     else:
         num_blocks = num_blocks_override
     if num_blocks < one:
-        fits = num_blocks // len(groups) * block_size
+        fits = _longest_that_fits(groups, num_blocks, block_size, max_step_tokens)
         have = (
             f"num_gpu_blocks_override gives {num_blocks} blocks"
             if num_blocks_override is not None

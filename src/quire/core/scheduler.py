@@ -103,6 +103,7 @@ class Scheduler:
         self.waiting_for: Shortage | None = None  # why the first waiting group was not admitted in the last step
         self._groups: dict[str, RequestGroup] = {}
         self._waiting: list[tuple[int, int, RequestGroup]] = []  # a heap; groups that ended meanwhile are skipped
+        self._num_ended_waiting = 0  # such groups
         self._flights: deque[_Flight] = deque()
         self._forks: list[_WaitingFork] = []
         self._arriving: dict[int, list[Sequence]] = {}  # transfer -> sequences that run when it is done
@@ -143,6 +144,7 @@ class Scheduler:
         """Ends one sequence, whatever it is doing (a stop string was found, say)."""
         if sequence.is_finished:
             return
+        was_waiting = sequence.status is not Status.RUNNING
         if sequence.status is Status.RUNNING:
             self._leave_row(sequence)
         elif sequence.status is Status.SWAPPED:
@@ -151,10 +153,20 @@ class Scheduler:
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
         if sequence.group.is_finished:
             del self._groups[sequence.group.request_id]
+            if was_waiting:
+                self._num_ended_waiting += 1
+                self._tidy_queue()
+
+    def _tidy_queue(self) -> None:
+        """Groups that ended while they waited leave the queue when they are more than half of it: O(1) for each."""
+        if self._num_ended_waiting > len(self._waiting) // 2 + 16:
+            self._waiting = [entry for entry in self._waiting if not entry[2].is_finished]
+            heapq.heapify(self._waiting)
+            self._num_ended_waiting = 0
 
     @property
     def num_waiting(self) -> int:
-        return sum(not group.is_finished for _, _, group in self._waiting)
+        return len(self._waiting) - self._num_ended_waiting
 
     @property
     def num_running(self) -> int:
@@ -244,11 +256,12 @@ class Scheduler:
                 keep = min(fitting, len(rows) - 1)
                 for row in rows[keep:].tolist():
                     self._drafts.pop(row, None)
+                rows, counts = rows[:keep], counts[:keep]
             else:
                 self._preempt(victim)
-                keep = len(rows)
-            alive = np.asarray([batch.sequences[row] is not None for row in rows[:keep].tolist()], dtype=np.bool_)
-            rows, counts = rows[:keep][alive], counts[:keep][alive]
+                rows = batch.rows_in_order()  # the victim's share of the budget is for others now
+                counts = self._share_budget(rows)
+                rows, counts = rows[counts > 0], counts[counts > 0]
 
     def _preempt(self, group: RequestGroup) -> None:
         """Takes all rows and blocks from a group: all or nothing, since its sequences share and are resumed together."""
@@ -279,7 +292,9 @@ class Scheduler:
         row = sequence.row
         for fork in [f for f in self._forks if sequence in (f.source, f.target)]:
             self._forks.remove(fork)
-            if fork.source is sequence and fork.target.status is Status.RUNNING:
+            if fork.target is sequence:
+                self._set_limit(fork.source)  # it need not stop there any more
+            elif fork.target.status is Status.RUNNING:
                 self._fork(fork)  # it takes what there is
         self._drafts.pop(row, None)
         if sequence in self._new_rows:
@@ -299,18 +314,18 @@ class Scheduler:
         return not any(sequence.group is group for sequence in waiting)
 
     def _run_forks(self) -> None:
-        """Starts the sequences whose source has computed, or is computing, what they share with it."""
+        """Starts the sequences whose source has computed what they share with it."""
         for fork in list(self._forks):
-            if fork.source.num_scheduled >= fork.num_tokens and fork.source not in [f.target for f in self._forks]:
+            if fork.source.num_computed >= fork.num_tokens and fork.source not in [f.target for f in self._forks]:
                 self._forks.remove(fork)
                 self._fork(fork)
 
     def _fork(self, fork: _WaitingFork) -> None:
         batch, source, target = self.batch, fork.source.row, fork.target.row
-        count = min(fork.num_tokens, int(batch.num_scheduled[source]))
+        # not what steps in flight compute: none of them would tell the target when they have
+        count = min(fork.num_tokens, int(batch.num_computed[source]))
         self.kv.fork(source, target, count)
-        batch.num_scheduled[target] = count
-        batch.num_computed[target] = min(count, int(batch.num_computed[source]))
+        batch.num_scheduled[target] = batch.num_computed[target] = count
         for sequence in (fork.source, fork.target):
             self._set_limit(sequence)
 
@@ -330,6 +345,7 @@ class Scheduler:
             group = self._waiting[0][2]
             if group.is_finished:
                 heapq.heappop(self._waiting)
+                self._num_ended_waiting -= 1
                 continue
             if self._is_in_flight(group):
                 self.waiting_for = Shortage.IN_FLIGHT
@@ -526,7 +542,8 @@ class Scheduler:
             if sequence.status is Status.SWAPPED:
                 sequence.set_computed(int(flight.ends[i]))
         for entry in result.prompt_logprobs:
-            given.prompt_entries.append((flight.sequences[entry], entry, int(flight.output.starts[entry])))
+            if not flight.sequences[entry].is_finished:  # another request may have its id by now
+                given.prompt_entries.append((flight.sequences[entry], entry, int(flight.output.starts[entry])))
 
         token_ids = np.asarray(result.token_ids, dtype=np.int32)
         plain = here[flight.sample_index]

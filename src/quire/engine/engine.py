@@ -38,6 +38,9 @@ from quire.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
+# With a prefix cache, memory is made for so many times what can run at once, if there is as much.
+CACHED_GENERATIONS = 4
+
 POLICIES: dict[str, Callable[[], PreemptionPolicy]] = {
     "auto": SwapForks,
     "recompute": lambda: Always(Preemption.RECOMPUTE),
@@ -95,7 +98,7 @@ class Engine:
             self.groups,
             block_size=self.config.block_size,
             max_model_len=self.max_model_len,
-            max_num_seqs=self.config.max_num_seqs,
+            max_num_seqs=self.config.max_num_seqs * (CACHED_GENERATIONS if self.config.enable_prefix_caching else 1),
             max_step_tokens=self.config.step_token_budget,
             budget_bytes=report.budget_bytes,
             weights_bytes=report.weights_bytes,

@@ -1,0 +1,177 @@
+"""`EngineClient`: the engine in another process, with the streams of `AsyncEngine`."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire.config import EngineConfig
+from quire.engine.client import EngineClient, Health
+from quire.errors import EngineDeadError, ModelError, RequestError
+from quire.outputs import RequestOutput
+from quire.sampling_params import RequestOutputKind, SamplingParams
+
+GREEDY = {"temperature": 0, "ignore_eos": True}
+
+
+def with_client(model: Path, work: Callable[[EngineClient], Coroutine[Any, Any, None]], **options: Any) -> None:
+    async def main() -> None:
+        config = EngineConfig(
+            model=str(model), load_format="dummy", skip_tokenizer_init=True, num_threads=1, max_num_seqs=8
+        )
+        client = EngineClient(config, **options)
+        await client.start()
+        try:
+            await work(client)
+        finally:
+            await client.stop()
+        assert client.pid is None and client.health is Health.STOPPED
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+async def collect(stream: AsyncIterator[RequestOutput]) -> list[RequestOutput]:
+    return [output async for output in stream]
+
+
+def test_streams_of_each_kind(tiny_model: Path) -> None:
+    async def work(client: EngineClient) -> None:
+        def params(kind: RequestOutputKind) -> SamplingParams:
+            return SamplingParams(**GREEDY, n=2, max_tokens=6, prompt_logprobs=1, logprobs=0, output_kind=kind)
+
+        cumulative, delta, final = await asyncio.gather(
+            *(collect(client.generate([5] * 9, params(kind))) for kind in RequestOutputKind)
+        )
+        assert len(cumulative) == len(delta) == 6 and len(final) == 1
+        for outputs in (cumulative, delta, final):
+            assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+            for output in outputs:
+                assert output.prompt_token_ids == [5] * 9
+                assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 9
+            assert outputs[-1].metrics is not None and outputs[-1].metrics.time_in_queue is not None
+        for i in range(2):
+            tokens = list(final[0].outputs[i].token_ids)
+            assert list(cumulative[-1].outputs[i].token_ids) == tokens and len(tokens) == 6
+            assert [token for output in delta for token in output.outputs[i].token_ids] == tokens
+        assert client.counts.num_running == 0 and client.counts.steps >= 6
+        usage = await client.slot_usage()
+        assert usage is not None and usage.free + usage.cached == usage.total
+
+    with_client(tiny_model, work)
+
+
+def test_wrong_requests_fail_alone(tiny_model: Path) -> None:
+    async def work(client: EngineClient) -> None:
+        good = asyncio.create_task(collect(client.generate([5], SamplingParams(**GREEDY, max_tokens=200))))
+        for prompt, param in (
+            ([1000], "prompt"),
+            ([], "prompt"),
+            ([1 << 70], "prompt"),
+            ("text", "prompt"),
+            ([5] * 500, "prompt"),
+        ):
+            with pytest.raises(RequestError) as caught:
+                await collect(client.generate(prompt, SamplingParams()))
+            assert caught.value.param == param
+        with pytest.raises(RequestError) as caught:
+            await collect(client.generate([5], SamplingParams(n=100)))
+        assert caught.value.param == "n"
+        assert (await good)[-1].finished and client.is_alive
+
+    with_client(tiny_model, work)
+
+
+def test_leaving_and_aborting(tiny_model: Path) -> None:
+    async def work(client: EngineClient) -> None:
+        params = SamplingParams(**GREEDY, max_tokens=240)
+        async with contextlib.aclosing(client.generate([5], params, "left")) as stream:
+            await anext(stream)
+        async with contextlib.aclosing(client.generate([6], params, "same")) as stream:
+            await anext(stream)
+            with pytest.raises(RequestError, match="in use"):
+                await collect(client.generate([6], params, "same"))
+        outputs = []
+        async for output in client.generate([7], params, "ended"):
+            outputs.append(output)
+            if len(outputs) == 1:
+                assert await client.abort("ended")
+        assert outputs[-1].outputs[0].finish_reason == "abort" and len(outputs) < 200
+        assert not await client.abort("ended")
+        await collect(client.generate([8], SamplingParams(**GREEDY, max_tokens=1)))
+        counts = client.counts
+        assert counts.num_running == counts.num_waiting == counts.num_sequences == 0
+        assert counts.num_free_blocks + counts.num_cached_blocks == counts.num_blocks
+
+    with_client(tiny_model, work)
+
+
+def test_a_killed_engine_is_started_again_with_pauses(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def work(client: EngineClient) -> None:
+        params = SamplingParams(**GREEDY, max_tokens=240)
+        stream = client.generate([5], params)
+        await anext(stream)
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        with pytest.raises(EngineDeadError, match="signal 9"):
+            await collect(stream)
+        assert client.health is Health.DEAD
+        with pytest.raises(EngineDeadError, match="try again"):
+            await collect(client.generate([5], params))
+        while not client.is_alive:
+            await asyncio.sleep(0.01)
+        assert client.num_restarts == 1
+        assert len(await collect(client.generate([5], SamplingParams(**GREEDY, max_tokens=3)))) == 3
+
+    with_client(tiny_model, work)
+    assert "the engine has died: killed by signal 9" in caplog.text
+
+
+def test_stuck_is_seen_by_steps(tiny_model: Path) -> None:
+    now = 0.0
+
+    async def work(client: EngineClient) -> None:
+        nonlocal now
+        stream = client.generate([5], SamplingParams(**GREEDY, max_tokens=240))
+        await anext(stream)
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGSTOP)
+        await asyncio.sleep(0.1)  # what was on its way arrives
+        now += 9
+        assert client.health is Health.OK
+        now += 2
+        assert client.health is Health.STUCK
+        os.kill(client.pid, signal.SIGCONT)
+        await collect(stream)
+        assert client.health is Health.OK
+        now += 1000  # nothing to do is no reason to worry
+        assert client.health is Health.OK
+
+    with_client(tiny_model, work, stall_timeout_s=10.0, clock=lambda: now)
+
+
+def test_what_cannot_be_started_says_why(tmp_path: Path) -> None:
+    async def main() -> None:
+        client = EngineClient(EngineConfig(model=str(tmp_path)))
+        with pytest.raises(ModelError, match=r"config\.json"):
+            await client.start()
+
+    asyncio.run(main())
+
+
+def test_text_prompts_need_a_tokenizer_that_is_there(stories: Path) -> None:
+    async def main() -> None:
+        client = EngineClient(EngineConfig(model=str(stories), num_threads=1))
+        await client.start()
+        params = SamplingParams(temperature=0, max_tokens=4, output_kind=RequestOutputKind.FINAL_ONLY)
+        (output,) = await collect(client.generate("Once upon a time", params))
+        assert output.outputs[0].text == ", there was a" and output.prompt_token_ids == [1, 403, 407, 261, 378]
+        with pytest.raises(RequestError):
+            await collect(client.generate("\ud800", params))
+        await client.stop()
+
+    asyncio.run(main())
