@@ -1,4 +1,4 @@
-"""The command line: `quire generate`, `quire bench`. It turns words into options and errors into one line on stderr.
+"""The command line: `quire generate`, `serve`, `chat`, `bench`. Words become options here, errors one line.
 
 Options of the engine and of sampling are made from the fields of `EngineConfig` and `SamplingParams`, so that a new field
 is an option as soon as `ENGINE_HELP` or `SAMPLING_HELP` explains it. Every command shares them through `add_engine_arguments`
@@ -31,6 +31,8 @@ from quire import config
 from quire.config import EngineConfig
 from quire.errors import ConfigError, QuireError
 from quire.sampling_params import SamplingParams
+from quire.server.options import HELP as SERVER_HELP
+from quire.server.options import LOG_FORMATS, ServerOptions
 from quire.version import __version__
 
 if TYPE_CHECKING:
@@ -322,6 +324,101 @@ def _count_lines(name: str) -> int | None:
     return count + (last != b"\n")
 
 
+# -- quire serve -------------------------------------------------------------------------------------------------------------
+def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="answer over HTTP, as OpenAI's API does",
+        description="Serves MODEL at http://HOST:PORT/v1 for the clients of OpenAI's API.",
+    )
+    parser.add_argument("served", nargs="?", metavar="MODEL", help="the same as --model")
+    group = parser.add_argument_group("server")
+    types = get_type_hints(ServerOptions)
+    for field in dataclasses.fields(ServerOptions):
+        choices = LOG_FORMATS if field.name == "log_format" else None
+        default = None if field.default == () else field.default
+        _add_option(group, field.name, types[field.name], SERVER_HELP[field.name], default=default, choices=choices)
+    add_engine_arguments(parser, model_required=False)
+    parser.set_defaults(run=_serve, parser=parser)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    if args.api_key is None and (keys := os.environ.get("QUIRE_API_KEY")):
+        args.api_key = [key.strip() for key in keys.split(",")]
+    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(ServerOptions)}
+    chosen = ServerOptions(**{name: value for name, value in options.items() if value is not None})
+    config = engine_config_from(args, model=_model_to_serve(args))
+    from quire.server.serve import run  # here, since the HTTP libraries take a while to load
+
+    run(config, chosen)
+    return 0
+
+
+def _model_to_serve(args: argparse.Namespace) -> str:
+    if args.served and args.model and args.served != args.model:
+        raise ConfigError(f"two models: {args.served} and --model {args.model}")
+    model: str | None = args.served or args.model
+    if not model:
+        from quire.pocket import model_directory
+
+        return str(model_directory())
+    return model
+
+
+# -- quire chat --------------------------------------------------------------------------------------------------------------
+def _add_chat(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description="A conversation with MODEL, or with a server's. In a terminal, /help lists its commands; otherwise "
+        "each line of stdin is a turn. Answers have no limit but the model's, unless --max-tokens gives one.",
+    )
+    parser.add_argument("served", nargs="?", metavar="MODEL", help="the same as --model")
+    parser.add_argument("--url", help="talk with a server at http://HOST:PORT instead; MODEL is then one of its names")
+    parser.add_argument("--api-key", metavar="KEY", help="for --url (default: the environment's QUIRE_API_KEY)")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    add_sampling_arguments(parser)
+    add_engine_arguments(parser, model_required=False)
+    parser.set_defaults(run=_chat, parser=parser)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    sampling = sampling_options_from(args)
+    SamplingParams(**sampling)  # what is out of range is told before anything is loaded
+    model = None if args.url and not (args.served or args.model) else _model_to_serve(args)
+    config = engine_config_from(args, model=model or "the server's")
+    if args.url and config != EngineConfig(model=config.model):
+        names = [f.name for f in dataclasses.fields(config)[1:] if getattr(config, f.name) != f.default]
+        raise ConfigError(f"with --url, {', '.join(names)} is the server's to choose")
+    from quire.chat import Chat, Terminal
+    from quire.chat_models import LocalModel, RemoteModel
+
+    who = (
+        RemoteModel(args.url, model, args.api_key or os.environ.get("QUIRE_API_KEY"))
+        if args.url
+        else LocalModel(config)
+    )
+    with contextlib.closing(who):
+        return Chat(who, Terminal(), parse_sampling_setting, sampling, args.system).run()
+
+
+def parse_sampling_setting(name: str, value: str) -> dict[str, Any]:
+    """One sampling option, as a chat's /set gives it: ("temperature", "0.5"). Raises ConfigError or RequestError."""
+    if name not in SAMPLING_HELP:
+        close = difflib.get_close_matches(name, SAMPLING_HELP, n=1)
+        raise ConfigError(f"there is no parameter {name}" + (f"; did you mean {close[0]}?" if close else ""))
+    parser = Parser(prog="/set")
+    add_sampling_arguments(parser)
+    flag = name.replace("_", "-")
+    is_switch = get_type_hints(SamplingParams)[name] is bool
+    if is_switch and value not in ("yes", "no"):
+        raise ConfigError(f"{name} is yes or no, not {value!r}")
+    words = [f"--{flag}" if value == "yes" else f"--no-{flag}"] if is_switch else [f"--{flag}={value}"]
+    options = sampling_options_from(parser.parse_args(words))
+    SamplingParams(**options)
+    return options
+
+
 # -- quire bench -------------------------------------------------------------------------------------------------------------
 def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
@@ -398,6 +495,8 @@ def build_parser() -> Parser:
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands", parser_class=Parser)
     _add_generate(commands)
+    _add_serve(commands)
+    _add_chat(commands)
     _add_bench(commands)
     return parser
 

@@ -78,6 +78,9 @@ def test_wrong_requests_fail_alone(tiny_model: Path) -> None:
             with pytest.raises(RequestError) as caught:
                 await collect(client.generate(prompt, SamplingParams()))
             assert caught.value.param == param
+        for prompt in ({"nope": 1}, {"prompt": 5}, [1.5], {"prompt": "x", "cache_salt": 5}):
+            with pytest.raises(RequestError):
+                await collect(client.generate(prompt, SamplingParams()))  # type: ignore[arg-type]
         with pytest.raises(RequestError) as caught:
             await collect(client.generate([5], SamplingParams(n=100)))
         assert caught.value.param == "n"

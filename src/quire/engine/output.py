@@ -41,7 +41,8 @@ class RequestState:
         self._tokenizer = tokenizer
         self._params: SamplingParams = group.params
         self._completions: dict[int, _Completion] = {}
-        prompt = len(group.prompt_token_ids)
+        self._prompt_token_ids: list[int] = group.prompt_token_ids.tolist()  # once: every output of a stream has them
+        prompt = len(self._prompt_token_ids)
         asked = group.params.prompt_logprobs is not None
         self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] * prompt if asked else None
         # without stop strings, nobody reads the text of an unfinished answer: it is decoded in one go at the end
@@ -137,7 +138,7 @@ class RequestState:
         return RequestOutput(
             request_id=self.group.request_id,
             prompt=self.text,
-            prompt_token_ids=self.group.prompt_token_ids.tolist(),
+            prompt_token_ids=self._prompt_token_ids,
             prompt_logprobs=self._prompt_logprobs,
             outputs=outputs,
             finished=is_finished,

@@ -1,0 +1,393 @@
+"""`EngineClient`: the engine in a process of its own, with the streams of `AsyncEngine`. For one event loop.
+
+It starts the process, passes requests and their outputs, starts it again when it has died, and sees from its reports whether
+it is stuck. Does not know HTTP, nor what is in a prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import operator
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from quire.config import EngineConfig
+from quire.core.accounting import SlotUsage
+from quire.engine.codec import (
+    HEADER_BYTES,
+    Abort,
+    Add,
+    AskUsage,
+    CodecError,
+    Died,
+    EngineCounts,
+    EngineInfo,
+    Output,
+    Ready,
+    Report,
+    Start,
+    StartFailed,
+    Stop,
+    ToEngine,
+    Usage,
+    api_side,
+    body_length,
+    encode,
+)
+from quire.engine.input import Prompt
+from quire.errors import CapacityError, ConfigError, EngineDeadError, ModelError, QuireError, RequestError, WeightsError
+from quire.outputs import RequestOutput
+from quire.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+START_ERRORS: Mapping[str, type[QuireError]] = {
+    kind.__name__: kind for kind in (ConfigError, ModelError, WeightsError, CapacityError)
+}
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0  # before a dead engine is started again; doubled each time
+STEADY_S = 60.0  # an engine that has lived so long starts with the first pause again
+END_S = 5.0  # for a process to end by itself before it is killed
+USAGE_AGE_S, USAGE_WAIT_S = 1.0, 1.0
+
+
+class Health(Enum):
+    """What can be said of the engine; only OK is good."""
+
+    OK = "ok"
+    STARTING = "starting"
+    STUCK = "stuck"  # it has work, and no step has come back for a long time
+    DEAD = "dead"  # and about to be started again
+    STOPPED = "stopped"
+
+
+@dataclass(slots=True)
+class _Stream:
+    """One request's outputs on their way to who waits for them, and what came with the first of them."""
+
+    prompt: str | None
+    prompt_token_ids: list[int] | None
+    items: asyncio.Queue[RequestOutput | Exception] = field(default_factory=asyncio.Queue)
+    prompt_logprobs: Any = None
+
+    def take(self, output: Output) -> None:
+        self.prompt_token_ids = output.prompt_token_ids or self.prompt_token_ids
+        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+        self.items.put_nowait(
+            RequestOutput(
+                request_id=output.request_id,
+                prompt=self.prompt,
+                prompt_token_ids=self.prompt_token_ids,
+                prompt_logprobs=self.prompt_logprobs,
+                outputs=output.completions,
+                finished=output.finished,
+                metrics=output.metrics,
+                num_cached_tokens=output.num_cached_tokens,
+            )
+        )
+
+
+class EngineClient:
+    """Serves requests by an engine in another process.
+
+        client = EngineClient(EngineConfig(model="path/to/model"))
+        await client.start()
+        async for output in client.generate("Once upon", SamplingParams(max_tokens=20)):
+            print(output.outputs[0].text)
+        await client.stop()
+
+    stall_timeout_s: without a step for so long, an engine that has work counts as stuck.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, stall_timeout_s: float = 60.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config
+        self.counts = EngineCounts()
+        self.num_restarts = 0
+        self._stall_timeout_s = stall_timeout_s
+        self._clock = clock
+        self._info: EngineInfo | None = None
+        self._health = Health.STARTING
+        self._streams: dict[str, _Stream] = {}
+        self._ids = itertools.count()
+        self._added = 0  # requests sent to the present process
+        self._progress_s = 0.0  # of the last step, or of the request that ended its idleness
+        self._usage: SlotUsage | None = None
+        self._usage_s = float("-inf")
+        self._usage_waiter: asyncio.Future[None] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._decoder = api_side()
+
+    # -- the life of the process -----------------------------------------------------------------------------------------
+    async def start(self) -> EngineInfo:
+        """Starts the process and waits until it can serve. Raises what `Engine` raises, EngineDeadError if it ends."""
+        try:
+            await self._launch()
+        except BaseException:
+            await self.stop()
+            raise
+        self._keeper = asyncio.create_task(self._keep(), name="quire-engine-keeper")
+        return self.info
+
+    async def stop(self) -> None:
+        """Ends the process; requests that run end with EngineDeadError. May be called twice."""
+        self._health = Health.STOPPED
+        self.fail_all("the engine was shut down")
+        self._send(Stop())
+        await self._end_process(END_S)
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+
+    async def _launch(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # -P: what lies in the working directory is not ours to import
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "quire.engine.process", str(theirs.fileno())),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        self._reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._send(Start(self.config))
+        match await self._receive():
+            case Ready(info=info, counts=counts):
+                self._info, self.counts = info, counts
+            case StartFailed(kind=kind, message=message):
+                raise START_ERRORS.get(kind, QuireError)(message)
+            case _:
+                raise EngineDeadError("the engine's process ended while it was starting: its messages are above")
+        self._added, self._progress_s, self._usage = 0, self._clock(), None
+        self._health = Health.OK
+
+    async def _keep(self) -> None:
+        """Reads reports; when the process is gone, tells everybody, and starts it again."""
+        pause_s = FIRST_PAUSE_S
+        while not self._is_stopped:
+            began_s = self._clock()
+            reason = await self._listen()
+            if self._is_stopped:
+                return
+            self._health = Health.DEAD
+            status = await self._end_process(0.5)
+            self.fail_all(f"the engine has died ({reason or _exit_text(status)}); it is being started again")
+            logger.error("the engine has died: %s", reason or _exit_text(status))
+            if self._clock() - began_s > STEADY_S:
+                pause_s = FIRST_PAUSE_S
+            while not self._is_stopped and self._health is Health.DEAD:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, MAX_PAUSE_S)
+                try:
+                    await self._launch()
+                    self.num_restarts += 1
+                    logger.warning("the engine was started again")
+                except (QuireError, OSError, CodecError) as error:
+                    logger.error("the engine cannot be started again: %s; next try in %.1f s", error, pause_s)
+                    await self._end_process(0.5)
+
+    async def _end_process(self, patience_s: float) -> int | None:
+        """Waits for the process to end, kills it if it does not; its exit status."""
+        process, writer = self._process, self._writer
+        if process is None:
+            return None
+        try:
+            await asyncio.wait_for(process.wait(), patience_s)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        if writer is not None:
+            writer.close()
+        self._process = self._writer = None
+        return process.returncode
+
+    # -- messages --------------------------------------------------------------------------------------------------------
+    def _send(self, message: ToEngine) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(encode(message))
+
+    async def _receive(self) -> Any:
+        """The next message, None when there are no more."""
+        assert self._reader is not None
+        try:
+            header = await self._reader.readexactly(HEADER_BYTES)
+            return self._decoder.decode(await self._reader.readexactly(body_length(header)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    async def _listen(self) -> str | None:
+        """Takes messages until there are no more; why that is, if the engine has said it."""
+        while True:
+            try:
+                message = await self._receive()
+            except CodecError as error:
+                return f"what it says cannot be read: {error}"
+            match message:
+                case Report():
+                    self._take_report(message)
+                case Usage(usage=usage):
+                    self._usage, self._usage_s = usage, self._clock()
+                    if self._usage_waiter is not None and not self._usage_waiter.done():
+                        self._usage_waiter.set_result(None)
+                case Died(message=text):
+                    return text
+                case _:
+                    return None
+
+    def _take_report(self, report: Report) -> None:
+        self.counts = report.counts
+        self._progress_s = self._clock()
+        for output in report.outputs:
+            if (stream := self._streams.get(output.request_id)) is not None:
+                stream.take(output)
+                if output.finished:
+                    del self._streams[output.request_id]
+        for refusal in report.refusals:
+            if (stream := self._streams.pop(refusal.request_id, None)) is not None:
+                stream.items.put_nowait(RequestError(refusal.message, param=refusal.param))
+
+    # -- requests --------------------------------------------------------------------------------------------------------
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yields the request's outputs as its `output_kind` says, the last with finished=True.
+
+        Leaving the loop early, or cancelling its task, aborts the request. Raises RequestError if the request is wrong,
+        EngineDeadError if the engine is not there or stops.
+        """
+        request_id = request_id or f"request-{next(self._ids)}"
+        stream = self._add(request_id, prompt, sampling_params or SamplingParams(), priority)
+        try:
+            while True:
+                if not stream.items.empty():
+                    await asyncio.sleep(0)  # who has much to catch up with still lets the others have their turn
+                item = await stream.items.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if item.finished:
+                    return
+        finally:
+            if self._streams.get(request_id) is stream:
+                del self._streams[request_id]
+                self._send(Abort(request_id))
+
+    def _add(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> _Stream:
+        if self._health is not Health.OK:
+            raise EngineDeadError(f"the engine is {self._health.value}: try again later")
+        if request_id in self._streams:
+            raise RequestError(f"request id {request_id!r} is in use", param="request_id")
+        given = (
+            prompt
+            if isinstance(prompt, Mapping)
+            else {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
+        )
+        content, salt = _content(given), given.get("cache_salt")
+        # the engine's process would take anything of another type for a broken stream
+        if not (isinstance(params, SamplingParams) and isinstance(priority, int) and isinstance(salt, str | None)):
+            raise RequestError("parameters are SamplingParams, priority is an integer, cache_salt a string")
+        try:
+            frame = encode(Add(request_id, content, params, priority, salt))
+        except (UnicodeEncodeError, OverflowError) as error:
+            raise RequestError(f"the request cannot be written down: {error}", param="prompt") from error
+        stream = _Stream(content, None) if isinstance(content, str) else _Stream(None, content)
+        if not self._streams:
+            self._progress_s = self._clock()
+        self._streams[request_id] = stream
+        self._added += 1
+        assert self._writer is not None
+        self._writer.write(frame)
+        return stream
+
+    async def abort(self, request_id: str) -> bool:
+        """Ends a request: its stream gets a last output that says "abort". False if it isn't there."""
+        if request_id not in self._streams:
+            return False
+        self._send(Abort(request_id))
+        return True
+
+    def fail_all(self, why: str) -> None:
+        """Ends all streams with EngineDeadError, and their requests."""
+        streams, self._streams = self._streams, {}
+        for request_id, stream in streams.items():
+            self._send(Abort(request_id))
+            stream.items.put_nowait(EngineDeadError(why))
+        if self._usage_waiter is not None and not self._usage_waiter.done():
+            self._usage_waiter.set_result(None)
+
+    # -- what goes on inside -----------------------------------------------------------------------------------------------
+    @property
+    def info(self) -> EngineInfo:
+        assert self._info is not None, "start comes first"
+        return self._info
+
+    @property
+    def is_alive(self) -> bool:
+        return self._health is Health.OK
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self._health is Health.STOPPED
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine's process, None while there is none."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def health(self) -> Health:
+        is_stalled = bool(self._streams) and self._clock() - self._progress_s > self._stall_timeout_s
+        return Health.STUCK if self._health is Health.OK and is_stalled else self._health
+
+    def num_queued(self, more: int = 0) -> int:
+        """Requests that would wait if `more` came: those of which the engine has told, and those on their way to it, less
+        what it can start at once."""
+        counts = self.counts
+        on_their_way = self._added - counts.added + more
+        seats = self.info.max_num_seqs - counts.num_sequences if not counts.num_waiting else 0
+        return max(counts.num_waiting + on_their_way - max(seats, 0), 0)
+
+    async def slot_usage(self) -> SlotUsage | None:
+        """Where every slot is, at most a second old; older, or None, if the engine does not answer in time."""
+        if self._clock() - self._usage_s > USAGE_AGE_S and self._health is Health.OK:
+            if self._usage_waiter is None or self._usage_waiter.done():
+                self._usage_waiter = asyncio.get_running_loop().create_future()
+                self._send(AskUsage())
+            await asyncio.wait({self._usage_waiter}, timeout=USAGE_WAIT_S)
+        return self._usage
+
+
+def _content(given: Mapping[str, Any]) -> str | list[int]:
+    """The text or the token ids of a prompt dictionary."""
+    unknown = set(given) - {"prompt", "prompt_token_ids", "cache_salt"}
+    if unknown:
+        raise RequestError(f"unknown prompt key {min(unknown)!r}", param="prompt")
+    ids, text = given.get("prompt_token_ids"), given.get("prompt")
+    if ids is None and isinstance(text, str):
+        return text
+    try:
+        return [operator.index(token_id) for token_id in ids or ()]
+    except TypeError as error:
+        raise RequestError("a prompt is a text or a list of token ids", param="prompt") from error
+
+
+def _exit_text(status: int | None) -> str:
+    if status is None:
+        return "its process is gone"
+    return f"killed by signal {-status}" if status < 0 else f"its process ended with status {status}"

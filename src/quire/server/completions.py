@@ -1,0 +1,178 @@
+"""POST /v1/completions: prompts go on. Knows the form of the answer, streamed or whole; `generation.py` knows the rest."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from quire.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from quire.server.errors import ApiError
+from quire.server.generation import FINGERPRINT, Generation, Job, Service
+from quire.server.logprobs import CompletionLogprobs, prompt_logprobs
+from quire.server.protocol import CompletionRequest
+from quire.server.streaming import DONE, ClientGoneError, GoneResponse, event, start_stream, unless_gone
+
+DEFAULT_MAX_TOKENS = 16
+
+
+async def create_completion(service: Service, body: CompletionRequest, http: Request) -> Response:
+    """Raises ApiError or RequestError for what is wrong with the request."""
+    record = http.state.record
+    record.client_id = body.request_id
+    service.check_model(body.model)
+    body.refuse_what_is_missing()
+    try:
+        answer = _Answer(service, body, record, await unless_gone(http.receive, _prepare(service, body, record)))
+        if body.stream:
+            record.is_streamed = True
+            return await start_stream(http.receive, answer.events(), record)
+        found = await unless_gone(http.receive, answer.whole())
+    except ClientGoneError:
+        record.error = "the client went away"
+        return GoneResponse()
+    return Response(msgspec.json.encode(found), media_type="application/json")
+
+
+async def _prepare(service: Service, body: CompletionRequest, record: Any) -> list[Job]:
+    asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    instead: dict[str, Any] = {"max_tokens": asked if asked else 1}
+    if body.echo and body.logprobs is not None:
+        instead["prompt_logprobs"] = body.logprobs
+    if body.stream and body.prompt_logprobs is not None:
+        raise ApiError(400, "prompt_logprobs cannot be streamed; echo with logprobs can", param="prompt_logprobs")
+    if body.logprobs is not None or (body.echo and not isinstance(body.prompt, str)):
+        service.need_tokenizer("logprobs and echo", "logprobs" if body.logprobs is not None else "echo")
+    params = service.sampling_params(body, _renamed(body), **instead)
+    prompts = _listed(body.prompt)
+    if not 1 <= len(prompts) <= service.options.max_prompts:
+        most = service.options.max_prompts
+        raise ApiError(400, f"prompt must hold 1 to {most} prompts on this server, got {len(prompts)}", param="prompt")
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(await service.encode(texts, add_special_tokens=body.add_special_tokens is not False))
+    jobs = []
+    for number, prompt in enumerate(prompts):
+        token_ids = next(encoded) if isinstance(prompt, str) else prompt
+        fitted = service.fit(token_ids, body.max_tokens, body, "prompt")
+        text = prompt if isinstance(prompt, str) and len(fitted) == len(token_ids) else None
+        if text is None and body.echo:
+            tokenizer = service.need_tokenizer("echo", "echo")
+            text = tokenizer.decode(fitted, skip_special_tokens=body.skip_special_tokens is not False)
+        request_id = f"{record.request_id}-{number}"
+        jobs.append(Job(number, request_id, text, fitted, params, body.priority or 0, body.cache_salt))
+    return jobs
+
+
+def _listed(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if prompt and isinstance(prompt[0], int):
+        return [prompt]
+    return prompt  # type: ignore[return-value]
+
+
+def _renamed(body: CompletionRequest) -> dict[str, str]:
+    return {"prompt_logprobs": "logprobs"} if body.echo and body.prompt_logprobs is None else {}
+
+
+class _Answer:
+    """One call's answer. Choice i of prompt p has the index p · n + i."""
+
+    def __init__(self, service: Service, body: CompletionRequest, record: Any, jobs: list[Job]) -> None:
+        self._service = service
+        self._body = body
+        self._n = jobs[0].params.n
+        # a prompt alone is scored by drawing one token, which nobody is told of
+        self._is_scoring = body.max_tokens == 0
+        self._run = Generation(service, record, jobs, _renamed(body), hidden=self._is_scoring)
+        self._id = "cmpl-" + record.request_id.removeprefix("req-")
+        self._logprobs: dict[int, CompletionLogprobs] = {}  # by index
+
+    async def whole(self) -> dict[str, Any]:
+        choices = []
+        for job, output in zip(self._run.jobs, await self._run.results()):
+            for completion in output.outputs:
+                text = (job.text or "") if self._body.echo else ""
+                choice = self._choice(job, output, completion, text, is_first=True)
+                if self._body.prompt_logprobs is not None:
+                    choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
+                choices.append(choice)
+        return {**self._head(), "choices": choices, "usage": self._run.usage}
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        head = self._head()
+        if self._body.includes_usage:
+            head["usage"] = None
+        begun: set[int] = set()
+        async with aclosing(self._run.outputs()) as outputs:
+            async for job, output in outputs:
+                events = []
+                for completion in output.outputs:
+                    index = job.number * self._n + completion.index
+                    is_first = index not in begun
+                    begun.add(index)
+                    text = (job.text or "") if self._body.echo and is_first else ""
+                    choice = self._choice(job, output, completion, text, is_first=is_first)
+                    if choice["text"] or choice["logprobs"] or choice["finish_reason"] or self._body.return_token_ids:
+                        events.append(event({**head, "choices": [choice]}))
+                if events:
+                    yield b"".join(events)
+        if self._body.includes_usage:
+            yield event({**head, "choices": [], "usage": self._run.usage})
+        yield DONE
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._run.created,
+            "model": self._service.name,
+            "system_fingerprint": FINGERPRINT,
+        }
+
+    def _choice(
+        self, job: Job, output: RequestOutput, completion: CompletionOutput, text: str, *, is_first: bool
+    ) -> dict[str, Any]:
+        """`text` comes before the completion's own."""
+        index = job.number * self._n + completion.index
+        finish_reason: str | None = completion.finish_reason
+        token_ids, found = list(completion.token_ids), completion.logprobs
+        if self._is_scoring:
+            token_ids, found = [], None
+            finish_reason = "length" if finish_reason else None
+        else:
+            text += completion.text
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": text,
+            "logprobs": self._logprobs_of(index, job, output, token_ids, found, is_first),
+            "finish_reason": finish_reason,
+            "stop_reason": None if self._is_scoring else completion.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = token_ids
+            choice["prompt_token_ids"] = job.token_ids if is_first else None
+        return choice
+
+    def _logprobs_of(
+        self,
+        index: int,
+        job: Job,
+        output: RequestOutput,
+        token_ids: list[int],
+        found: Sequence[TokenLogprobs] | None,
+        is_first: bool,
+    ) -> dict[str, Any] | None:
+        if self._body.logprobs is None:
+            return None
+        tokenizer = self._service.need_tokenizer("logprobs", "logprobs")
+        writer = self._logprobs.setdefault(index, CompletionLogprobs(tokenizer, self._body.logprobs))
+        positions: list[TokenLogprobs | None] = list(found or ())
+        if self._body.echo and is_first:
+            token_ids = job.token_ids + token_ids
+            positions = list(output.prompt_logprobs or ()) + positions
+        return writer.render(token_ids, positions) if token_ids else None

@@ -1,0 +1,290 @@
+"""One API call's requests to the engine: how they are prepared, run side by side, counted, and given up.
+
+What completions and chat have in common. Does not know how an answer is written down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from quire.engine.client import EngineClient
+from quire.engine.tokenizer import Tokenizer
+from quire.errors import EngineDeadError, RequestError
+from quire.outputs import RequestOutput
+from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.server.errors import NOT_FOUND, ApiError, context_overflow, not_supported, queue_full, request_failed
+from quire.server.logs import RequestRecord
+from quire.server.metrics import ServerMetrics
+from quire.server.options import ServerOptions
+from quire.server.protocol import GenerationRequest
+from quire.version import __version__
+
+FINGERPRINT = f"quire-{__version__}"
+THREAD_CHARS = 4096  # tokenizing more than so many characters would hold up other clients' streams
+
+
+@dataclass(slots=True)
+class Service:
+    """What every handler works with: the model that is served, and by what rules."""
+
+    client: EngineClient
+    tokenizer: Tokenizer | None
+    options: ServerOptions
+    names: tuple[str, ...]
+    metrics: ServerMetrics
+    clock: Callable[[], float] = time.monotonic
+    wall_clock: Callable[[], float] = time.time
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def max_model_len(self) -> int:
+        return self.client.info.max_model_len
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.names:
+            raise ApiError(
+                404,
+                f"the model {name[:200]!r} is not served here; {', '.join(self.names)} is",
+                kind=NOT_FOUND,
+                param="model",
+                code="model_not_found",
+            )
+
+    def need_tokenizer(self, what: str, param: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise not_supported(f"{what} without a tokenizer (skip_tokenizer_init left it out)", param)
+        return self.tokenizer
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text."""
+        if not texts:
+            return []
+        tokenizer = self.need_tokenizer("a text prompt", "prompt")
+
+        def encode_all() -> list[list[int]]:
+            return [tokenizer.encode(text, add_special_tokens) for text in texts]
+
+        return await asyncio.to_thread(encode_all) if sum(map(len, texts)) > THREAD_CHARS else encode_all()
+
+    def sampling_params(self, request: GenerationRequest, renamed: Mapping[str, str], **instead: Any) -> SamplingParams:
+        """What was asked for, over what the model recommends. `renamed`: parameter -> the field that it came from."""
+        if request.n is not None and request.n > self.options.max_n:
+            raise ApiError(400, f"n must be at most {self.options.max_n} on this server, got {request.n}", param="n")
+        info = self.client.info
+        kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
+        options = {**info.recommended, **request.sampling_options(), **instead, "output_kind": kind}
+        try:
+            params = SamplingParams(**options)
+            params.verify(vocab_size=info.vocab_size, max_model_len=info.max_model_len, max_logprobs=info.max_logprobs)
+        except RequestError as error:
+            raise rename(error, renamed) from error
+        return params
+
+    def fit(self, token_ids: list[int], asked: int | None, request: GenerationRequest, param: str) -> list[int]:
+        """The prompt, cut as asked, if there is room for it and for `asked` tokens more. `param` is the prompt's field."""
+        longest = self.max_model_len
+        if (keep := request.truncate_prompt_tokens) is not None:
+            if keep == -1:
+                keep = max(longest - max(asked or 1, 1), 1)
+            if keep < 1:
+                raise ApiError(400, "truncate_prompt_tokens must be -1 or at least 1", param="truncate_prompt_tokens")
+            token_ids = token_ids[-keep:]
+        if not token_ids:
+            raise ApiError(400, "the prompt is empty: it needs at least one token", param=param)
+        if len(token_ids) >= longest:
+            raise context_overflow(
+                f"this model's maximum context length is {longest} tokens; the prompt has {len(token_ids)}, and must leave "
+                "room for at least one more",
+                param,
+            )
+        if asked is not None and len(token_ids) + asked > longest:
+            raise context_overflow(
+                f"this model's maximum context length is {longest} tokens; {len(token_ids)} of the prompt and {asked} of "
+                "the answer are more: shorten the prompt or ask for fewer",
+                param,
+            )
+        return token_ids
+
+
+def rename(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    return RequestError(str(error), param=names.get(error.param, error.param) if error.param else None)
+
+
+def usage_of(num_prompt: int, num_cached: int, num_output: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+@dataclass(slots=True)
+class Job:
+    """One request to the engine: the `number`-th prompt of an API call."""
+
+    number: int
+    request_id: str
+    text: str | None
+    token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str | None = None
+    # what was told of it so far
+    num_cached: int = 0
+    lengths: dict[int, int] = field(default_factory=dict)  # by choice
+    told_s: float | None = None
+
+
+class Generation:
+    """Runs the jobs of one API call. `renamed` as in `Service.sampling_params`; `hidden`: tokens that are not told nor
+    counted, which is how a prompt alone is scored."""
+
+    def __init__(
+        self,
+        service: Service,
+        record: RequestRecord,
+        jobs: Sequence[Job],
+        renamed: Mapping[str, str],
+        *,
+        hidden: bool = False,
+    ) -> None:
+        self.jobs = jobs
+        self.created = int(service.wall_clock())
+        self._service = service
+        self._record = record
+        self._renamed = renamed
+        self._hidden = hidden
+        record.num_prompts = len(jobs)
+        record.num_prompt_tokens = sum(len(job.token_ids) for job in jobs)
+        if service.options.log_prompts:
+            record.prompts = [job.text if job.text is not None else str(job.token_ids) for job in jobs]
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        record = self._record
+        return usage_of(record.num_prompt_tokens, record.num_cached_tokens, record.num_output_tokens)
+
+    async def results(self) -> list[RequestOutput]:
+        """Each job's whole result, for parameters that ask for no increments."""
+        found: dict[int, RequestOutput] = {}
+        async with aclosing(self.outputs()) as outputs:
+            async for job, output in outputs:
+                found[job.number] = output
+        return [found[job.number] for job in self.jobs]
+
+    async def outputs(self) -> AsyncGenerator[tuple[Job, RequestOutput], None]:
+        """What the engine gives, as it comes, of all jobs. Closing it, or cancelling who reads it, aborts what runs.
+
+        Raises ApiError, RequestError or EngineDeadError; then all jobs are given up.
+        """
+        stream = self._follow(self.jobs[0]) if len(self.jobs) == 1 else self._merge()
+        is_over = False
+        try:
+            async with aclosing(stream) as items:
+                async for item in items:
+                    yield item
+            is_over = True
+        except RequestError as error:
+            is_over = True
+            raise rename(error, self._renamed) from error
+        except (ApiError, EngineDeadError):
+            is_over = True
+            raise
+        finally:
+            if not is_over:
+                self._service.metrics.aborted += len(self.jobs)
+
+    async def _follow(self, job: Job) -> AsyncGenerator[tuple[Job, RequestOutput], None]:
+        service = self._service
+        # nothing is awaited between this look and the first step into `generate`, so that a burst cannot slip through
+        if service.client.num_queued(1) > service.options.max_queue:
+            raise queue_full(service.options.max_queue)
+        prompt = {"prompt_token_ids": job.token_ids, "cache_salt": job.cache_salt}
+        stream = service.client.generate(prompt, job.params, job.request_id, priority=job.priority)
+        async with aclosing(stream) as outputs:
+            async for output in outputs:
+                self._note(job, output)
+                yield job, output
+
+    async def _merge(self) -> AsyncGenerator[tuple[Job, RequestOutput], None]:
+        queue: asyncio.Queue[tuple[Job, RequestOutput] | Exception | None] = asyncio.Queue()
+
+        async def pump(job: Job) -> None:
+            try:
+                async with aclosing(self._follow(job)) as items:
+                    async for item in items:
+                        queue.put_nowait(item)
+                queue.put_nowait(None)
+            except Exception as error:
+                queue.put_nowait(error)
+
+        tasks = [asyncio.create_task(pump(job)) for job in self.jobs]
+        try:
+            num_left = len(tasks)
+            while num_left:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    num_left -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _note(self, job: Job, output: RequestOutput) -> None:
+        """Counts what an output brings. Raises ApiError if the request has failed."""
+        service, record = self._service, self._record
+        now_s = service.clock()
+        if record.first_token_s is None:
+            record.first_token_s = now_s - record.began_s
+        if output.num_cached_tokens and not job.num_cached:
+            job.num_cached = output.num_cached_tokens
+            record.num_cached_tokens += job.num_cached
+        num_new = 0
+        for completion in output.outputs:
+            count = len(completion.token_ids)
+            num_new += 0 if self._hidden else count
+            job.lengths[completion.index] = job.lengths.get(completion.index, 0) + (0 if self._hidden else count)
+            if completion.finish_reason == "error":
+                raise request_failed(str(completion.stop_reason))
+            if completion.finish_reason == "abort":
+                raise EngineDeadError("this request was ended by the server")
+            if completion.finish_reason is not None:
+                record.finish_reasons.append(completion.finish_reason)
+                service.metrics.finished[completion.finish_reason] += 1
+            if record.prompts:
+                key = f"{job.number}.{completion.index}"
+                record.answers[key] = record.answers.get(key, "") + completion.text
+        is_streamed = job.params.output_kind is RequestOutputKind.DELTA
+        if is_streamed and job.told_s is not None and num_new:
+            service.metrics.inter_token_s.observe(now_s - job.told_s, num_new)
+        job.told_s = now_s
+        record.num_output_tokens += num_new
+        service.metrics.num_generation_tokens += num_new
+        if output.finished:
+            self._finish(job, output, is_streamed)
+
+    def _finish(self, job: Job, output: RequestOutput, is_streamed: bool) -> None:
+        metrics = self._service.metrics
+        metrics.num_prompt_tokens += len(job.token_ids)
+        if (times := output.metrics) is not None:
+            if not is_streamed and times.first_token_time is not None:
+                self._record.first_token_s = times.first_token_time - times.arrival_time
+            metrics.observe(times, len(job.token_ids), list(job.lengths.values()), is_streamed)
