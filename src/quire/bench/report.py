@@ -24,20 +24,24 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def machine() -> dict[str, Any]:
-    import torch
-
-    return {
+    """Where it was measured. What is told of torch is of a torch that took part: it isn't loaded for this."""
+    facts: dict[str, Any] = {
         "quire": __version__,
-        "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+    if (torch := sys.modules.get("torch")) is not None:
+        facts["torch"] = torch.__version__
+        facts["threads"] = torch.get_num_threads()
+        facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return facts
 
 
-def report(args: argparse.Namespace, title: str, rows: Sequence[Row], **facts: Any) -> None:
-    """Prints rows that share their keys as one table, with `facts` below it, and writes both as JSON where asked for."""
+def report(args: argparse.Namespace, title: str, rows: Sequence[Row], *, data: Row | None = None, **facts: Any) -> None:
+    """Prints rows that share their keys as one table, with `facts` below it, and writes both as JSON where asked for.
+
+    `data` is for programs alone: it goes into the JSON and onto no screen.
+    """
     if args.json != "-":
         table = Table(title=title)
         for name in rows[0]:
@@ -49,7 +53,8 @@ def report(args: argparse.Namespace, title: str, rows: Sequence[Row], **facts: A
         for name, value in facts.items():
             console.print(f"{name}: {_shown(value)}", highlight=False)
     if args.json:
-        document = json.dumps({"title": title, "rows": list(rows), **facts, "machine": machine()}, indent=1)
+        found = {"title": title, "rows": list(rows), **facts, "machine": machine(), **(data or {})}
+        document = json.dumps(found, indent=1)
         if args.json == "-":
             print(document)
         else:
@@ -58,6 +63,10 @@ def report(args: argparse.Namespace, title: str, rows: Sequence[Row], **facts: A
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_shown(item)}" for name, item in value.items())
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
