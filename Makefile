@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test check format clean
+MODEL ?=
+
+.PHONY: install serve test check format clean
 
 install: $(VENV)/installed
 
@@ -12,6 +14,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# the model in the package answers at http://127.0.0.1:8000; another one: make serve MODEL=name-or-directory
+serve: install
+	$(BIN)/quire serve $(MODEL)
 
 test: install
 	$(BIN)/python -m pytest
