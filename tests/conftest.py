@@ -8,7 +8,6 @@ import pytest
 
 from support import TINY_CONFIG, shared_data
 
-
 # A shell that starts the tests in the background has them ignore Ctrl-C, and programs that they start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
