@@ -289,7 +289,6 @@ def test_an_answer_left_early_frees_its_blocks(chat_model):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "name a model"),
         (["a", "--model", "b"], "two models"),
         (["m", "--n", "2"], "no use in a chat"),
         (["m", "--temperature", "-1"], "temperature must be"),

@@ -198,3 +198,18 @@ def test_broken_pipe_is_quiet():
 
 def test_parser_keeps_argparse_types():
     assert isinstance(cli.build_parser(), argparse.ArgumentParser)
+
+
+def test_without_a_model_the_embedded_one_is_served() -> None:
+    from quire import pocket
+    from quire.config import EngineConfig
+    from quire.errors import ModelError
+
+    try:
+        directory = str(pocket.model_directory())
+    except ModelError as error:
+        pytest.skip(str(error))
+    args = cli.build_parser().parse_args(["serve"])
+    assert cli._model_to_serve(args) == directory
+    assert EngineConfig(model=directory).model_name == "pocket"
+    assert EngineConfig(model="some/model").model_name == "some/model"

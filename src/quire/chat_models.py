@@ -83,7 +83,7 @@ class LocalModel:
     def __init__(self, config: EngineConfig) -> None:
         if config.skip_tokenizer_init:
             raise ConfigError("a chat is text: it needs the tokenizer that skip_tokenizer_init leaves out")
-        self.name = config.model
+        self.name = config.model_name
         self._engine = Engine(config)
         assert self._engine.tokenizer is not None
         self._tokenizer = self._engine.tokenizer

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.errors import ConfigError
+from quire.pocket import embedded_name
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -104,6 +105,11 @@ class EngineConfig:
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise ConfigError(f"unknown option {name}={options[name]!r}{hint}")
         return cls(model=model, **options)
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called where nobody named it otherwise: the embedded one has a name, others their path."""
+        return embedded_name(self.model) or self.model
 
     @property
     def step_token_budget(self) -> int:

@@ -112,7 +112,7 @@ class Engine:
         fit = plan.max_sequences(self.max_model_len, self.groups, self.config.step_token_budget)
         logger.info(
             "%s: %.1f M parameters in %s on %s (attention: %s), loaded in %.1f s",
-            self.config.model,
+            self.config.model_name,
             device.num_parameters / 1e6,
             device.dtype,
             device.device,

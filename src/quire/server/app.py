@@ -79,7 +79,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
             "object": "model",
             "created": began,
             "owned_by": "quire",
-            "root": service.client.config.model,
+            "root": service.client.config.model_name,
             "parent": None,
             "max_model_len": service.max_model_len,
         }

@@ -20,7 +20,6 @@ from quire.config import EngineConfig
 from quire.engine.client import EngineClient
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import ConfigError
-from quire.pocket import embedded_name
 from quire.server.app import create_app
 from quire.server.generation import Service
 from quire.server.metrics import ServerMetrics
@@ -53,7 +52,7 @@ async def serve(
 ) -> None:
     """The same on a socket that is bound. `on_ready` is told when requests are answered, with an event that ends it."""
     began_s = time.monotonic()
-    logger.info("starting the engine for %s", config.model)
+    logger.info("starting the engine for %s", config.model_name)
     client = EngineClient(config, stall_timeout_s=options.stall_timeout)
     info = await client.start()
     for part, seconds in info.parts:
@@ -61,7 +60,7 @@ async def serve(
     try:
         loading_s = time.monotonic()
         tokenizer = Tokenizer.from_dir(info.tokenizer_dir) if info.tokenizer_dir else None
-        names = tuple(options.served_model_name) or (embedded_name(config.model) or config.model,)
+        names = tuple(options.served_model_name) or (config.model_name,)
         service = Service(client, tokenizer, options, names, ServerMetrics(client, names[0]))
         app = create_app(service)
         logger.info("tokenizer and routes: %.1f s", time.monotonic() - loading_s)
