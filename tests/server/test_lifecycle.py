@@ -126,7 +126,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line(chat_model: Any, tmp_path: An
     from quire.cli import main
 
     assert main(["serve", str(tmp_path)]) == 2
-    assert main(["serve"]) == 2
+    assert main(["serve", "a", "--model", "b"]) == 2
 
 
 def test_many_clients_of_whom_half_leave(server: Any) -> None:
