@@ -20,12 +20,14 @@ import numpy as np
 
 from quire.core.accounting import measure
 from quire.core.batch import Batch
+from quire.core.beam_groups import end_of
 from quire.core.cache_group import CacheGroup
+from quire.core.fairness import ServiceCounters
 from quire.core.kv_cache import KVCacheManager
-from quire.core.preemption import Always, Preemption, SwapForks
+from quire.core.preemption import Always, Cause, CheaperOf, Choice, Preemption, SwapForks, VictimFacts
 from quire.core.scheduler import Scheduler
 from quire.core.sequence import FinishReason, RequestGroup, Sequence, Status
-from quire.core.step import Direction, NewRow, SchedulerOutput, StepOutput, Transfer
+from quire.core.step import Candidates, Direction, NewRow, SchedulerOutput, StepOutput, Transfer
 from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
 
@@ -40,6 +42,16 @@ def next_token(seed: int, branch: int, position: int, visible: list[np.ndarray])
     for tokens in visible:
         digest = zlib.crc32(np.ascontiguousarray(tokens, dtype=np.int64).tobytes(), digest)
     return (digest >> 7) % VOCAB
+
+
+def beam_candidates(seed: int, visible: list[np.ndarray], count: int) -> Candidates:
+    """What the pretend model says of a beam: a score for each token, seldom equal ones."""
+    digest = zlib.crc32(repr(seed).encode())
+    for tokens in visible:
+        digest = zlib.crc32(np.ascontiguousarray(tokens, dtype=np.int64).tobytes(), digest)
+    scores = [-(zlib.crc32(bytes([token]), digest) % 4093) / 1024 for token in range(VOCAB)]
+    best = sorted(range(VOCAB), key=lambda token: -scores[token])[:count]
+    return Candidates(np.asarray(best), np.asarray([scores[token] for token in best], dtype=np.float32))
 
 
 def first_visible(window: int | None, position: int) -> int:
@@ -69,6 +81,9 @@ class PretendWorker:
             self.tenant[new.row] = new
             self.tokens[new.row] = EMPTY
             self.tokens[new.row, : len(new.token_ids)] = new.token_ids
+        if step.token_updates is not None:
+            updates = step.token_updates
+            self.tokens[updates.rows, updates.positions] = updates.token_ids
         for table, updates in zip(self.tables, step.table_updates):
             for update in updates:
                 table[update.rows, update.columns] = update.blocks
@@ -84,9 +99,16 @@ class PretendWorker:
         for row, start, count in zip(step.rows, step.starts, step.num_tokens):
             self._read(row, start, start + count)
         result = StepOutput(step.step_id, np.zeros(len(step.sample_rows), dtype=np.int32))
+        result.elapsed_s, result.transfer_s = rng.random(), rng.random() / 4
         for sample, (entry, row, position) in enumerate(
             zip(step.sample_entries, step.sample_rows, step.sample_positions)
         ):
+            if rng.random() < error:
+                result.errors[sample] = "planted"
+            if wanted := self.tenant[int(row)].num_candidates:
+                visible = self._visible(int(step.rows[entry]), int(position))
+                result.candidates[sample] = beam_candidates(self.tenant[int(row)].seed, visible, wanted)
+                continue
             guesses = step.draft_token_ids.get(int(entry), [])
             tokens = self._draw(int(step.rows[entry]), int(row), int(position), guesses)
             self.tokens[row, position : position + len(tokens)] = tokens
@@ -95,8 +117,6 @@ class PretendWorker:
                 result.accepted[sample] = tokens
             if rng.random() < draft:
                 result.draft_token_ids[sample] = self._guess(int(row), int(position) + len(tokens), rng)
-            if rng.random() < error:
-                result.errors[sample] = "planted"
         self._finish_transfers(result, rng)
         return result
 
@@ -125,14 +145,19 @@ class PretendWorker:
         """`row` draws; the context is read through the table of `source`, whose logits it takes."""
         tenant, tokens = self.tenant[row], []
         while True:
-            visible = []
-            for table, window in zip(self.tables, self.windows):
-                blocks, offsets = self._slots(table, source, first_visible(window, position - 1), position)
-                visible.append(self.memory[blocks, offsets] % VOCAB)
+            visible = self._visible(source, position)
             tokens.append(next_token(tenant.seed, tenant.branch, position, visible))
             if len(tokens) > len(guesses) or guesses[len(tokens) - 1] != tokens[-1]:
                 return tokens
             position += 1
+
+    def _visible(self, row: int, position: int) -> list[np.ndarray]:
+        """The tokens that each cache group sees when the one at `position` is chosen, as they stand in memory."""
+        visible = []
+        for table, window in zip(self.tables, self.windows):
+            blocks, offsets = self._slots(table, row, first_visible(window, position - 1), position)
+            visible.append(self.memory[blocks, offsets] % VOCAB)
+        return visible
 
     def _guess(self, row: int, position: int, rng: random.Random) -> list[int]:
         """Guesses that are right more often than by chance."""
@@ -187,7 +212,10 @@ class Trial:
             root=("pretend", "token ids"),
         )
         policy = rng.choice(
-            [Always(Preemption.RECOMPUTE), Always(Preemption.SWAP), Always(Preemption.SWAP), SwapForks(), _Random(rng)]
+            [
+                *(Always(Preemption.RECOMPUTE), Always(Preemption.SWAP), Always(Preemption.SWAP)),
+                *(SwapForks(), _Random(rng), CheaperOf(64, bus_bytes_per_s=2000.0, prefill_tokens_per_s=50.0)),
+            ]
         )
         self.scheduler = Scheduler(
             self.batch,
@@ -197,6 +225,8 @@ class Trial:
             max_steps_in_flight=rng.randint(1, 4),
             policy=policy,
             watermark=rng.choice([0.0, 0.01, 0.1]),
+            counters=ServiceCounters({"dear": 3.0, "cheap": 0.5}),
+            step_target_s=rng.choice([None, 0.3]),
         )
         self.worker = PretendWorker(self.groups, num_blocks, num_host, self.size, rows, self.max_len)
         self.worker.transfer_rate = rng.choice([0.1, 0.5, 1.0])
@@ -204,11 +234,44 @@ class Trial:
         self.error = rng.choice([0.0, 0.0, 0.002])
         self.abort = rng.choice([0.0, 0.05])
         self.load = rng.choice([3, 8, 16])
+        self.beams = rng.choice([0.0, 0.2, 0.6])
+        self.fork = rng.choice([0.0, 0.0, 0.1, 0.3])
+        self.clients = rng.choice([[""], ["", "dear", "cheap"], ["flood"] * 8 + ["dear", ""]])
         self.stems = [[rng.randrange(1, VOCAB) for _ in range(self.max_len)] for _ in range(3)]
         self.flights: deque[tuple[SchedulerOutput, set[int]]] = deque()
         self.alive: list[RequestGroup] = []
         self.num_added = 0
         self.idle_steps = 0
+        self._watch_charges()
+
+    def _watch_charges(self) -> None:
+        """A client pays for each token of a sequence once, however often it is computed."""
+        scheduler, counters = self.scheduler, self.scheduler.counters
+        charge, charge_rows = scheduler._charge, counters.charge_rows
+        paid: dict[Sequence, int] = {}  # tokens from the start that are paid for
+        amounts: list[int] = []
+
+        def watched_rows(clients: np.ndarray, counts: np.ndarray, written: np.ndarray) -> None:
+            amounts[:] = counts.tolist()
+            charge_rows(clients, counts, written)
+
+        def watched(rows: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
+            charge(rows, starts, ends)
+            for row, start, end, amount in zip(rows.tolist(), starts.tolist(), ends.tolist(), amounts, strict=True):
+                before = max(paid.get(self.batch.sequences[row], start), start)
+                assert amount == max(end - before, 0), f"charged {amount} for {start} to {end}, {before} were paid for"
+                paid[self.batch.sequences[row]] = max(before, end)
+
+        fork = scheduler._rows.fork
+
+        def watched_fork(parent: Sequence) -> Sequence:
+            child = fork(parent)
+            if parent in paid:
+                paid[child] = paid[parent]
+            return child
+
+        scheduler._charge, counters.charge_rows = watched, watched_rows  # type: ignore[method-assign]
+        scheduler._rows.fork = watched_fork  # type: ignore[method-assign]
 
     # -- load --------------------------------------------------------------------------------------------------------
     def add_request(self) -> None:
@@ -219,14 +282,42 @@ class Trial:
             prompt = prompt[: max(1, len(prompt) - rng.randint(1, 6))] + [
                 rng.randrange(VOCAB) for _ in range(rng.randint(0, 6))
             ]
-        prompt = prompt[: self.max_len - 1]
+        self._add(prompt[: self.max_len - 1])
+
+    def fork_running(self) -> None:
+        """Forks a sequence in the middle of its answer, or of its prompt; the branch may go on with other text."""
+        rng = self.rng
+        group = rng.choice(self.alive)
+        if group.beam is not None:
+            return
+        source = rng.choice(group.live)
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            prompt = source.token_ids.tolist() + [rng.randrange(VOCAB) for _ in range(rng.choice([0, 0, 1, 5]))]
+            if len(prompt) < self.max_len:
+                self._add(prompt, source)
+                self.counts["forks of running"] += 1
+
+    def _add(self, prompt: list[int], source: Sequence | None = None) -> None:
+        rng = self.rng
+        width = rng.choice([1, 2, 3, 4]) if rng.random() < self.beams else None
+        search = (
+            {}
+            if width is None
+            else {
+                "use_beam_search": True,
+                "best_of": width,
+                "length_penalty": rng.choice([1.0, 0.0, -1.0, 2.0]),
+                "early_stopping": rng.choice([True, False, "never"]),
+            }
+        )
         params = SamplingParams(
-            n=rng.choice([1, 1, 1, 2, 3, 4]),
+            n=rng.randint(1, width) if width else rng.choice([1, 1, 1, 2, 3, 4]),
+            **search,
             max_tokens=rng.choice([1, 4, 12, 25, None]),
             min_tokens=0 if rng.random() < 0.8 else 1,
             stop_token_ids=rng.choice([None, None, None, None, [3], list(range(2, 14))]),
             ignore_eos=rng.random() < 0.85,
-            prompt_logprobs=0 if rng.random() < 0.1 else None,
+            prompt_logprobs=0 if rng.random() < 0.1 and not width else None,
         )
         group = RequestGroup(
             request_id=str(self.num_added),
@@ -235,7 +326,9 @@ class Trial:
             seed=rng.randrange(3),  # equal seeds make equal answers, which the prefix cache then shares
             priority=rng.choice([0, 0, 0, 1, -1]),
             stop_token_ids=() if params.ignore_eos else (EOS,),
-            cache_salt=rng.choice([None, None, "salt"]),
+            cache_salt=source.group.cache_salt if source else rng.choice([None, None, "salt"]),
+            client=source.group.client if source else rng.choice(self.clients),
+            source=source,
         )
         self.num_added += 1
         try:
@@ -253,6 +346,8 @@ class Trial:
             self.add_request()
         if self.alive and rng.random() < self.abort:
             self.disturb()
+        if self.alive and rng.random() < self.fork and len(self.alive) < 2 * self.load:
+            self.fork_running()
         output = self._schedule()
         did = output is not None
         # a step comes back when no other can be planned, or sometimes before
@@ -348,8 +443,38 @@ class Trial:
             self.counts["partial hits"] += group.num_cached_tokens % self.size > 0
             self.counts["preempted groups"] += group.num_preemptions > 0
             self.counts["forks"] += len(group.sequences) - 1
+            self.counts["displaced"] += any(note.cause is Cause.FAIRNESS for note in group.journal.preemptions)
+            prefix = group.journal.prefix
+            self.counts["fork hits"] += prefix is not None and prefix.from_fork
+            if group.beam is not None:
+                self._judge_beams(group)
+                continue
             for sequence in group.sequences:
                 self._judge(sequence)
+
+    def _judge_beams(self, group: RequestGroup) -> None:
+        """The hypotheses, and their scores, are those of a search over the pretend model alone."""
+        search = group.beam
+        assert search is not None
+        if not search.is_done:
+            self.counts["beam searches cut"] += 1
+            return
+        alone = RequestGroup("alone", group.prompt_token_ids, group.params, group.seed, max_tokens=group.max_tokens)
+        alone.stop_token_ids = group.stop_token_ids
+        alone.start_beams()
+        assert alone.beam is not None
+        while not alone.beam.is_done:
+            found = []
+            for beam in alone.beam.live:
+                tokens = [*group.prompt_token_ids.tolist(), *beam.token_ids()]
+                visible = [np.asarray(tokens[first_visible(spec.window, len(tokens) - 1) :]) for spec in self.groups]
+                found.append(beam_candidates(group.seed, visible, alone.beam.num_ranked))
+            alone.beam.advance(found, lambda beam, token: end_of(alone, beam, token))
+        for mine, right in zip(search.finished, alone.beam.finished, strict=True):
+            assert mine.beam.token_ids() == right.beam.token_ids(), "a wrong beam"
+            assert (mine.score, mine.reason, mine.stop_reason) == (right.score, right.reason, right.stop_reason)
+        self.counts["beam searches"] += 1
+        self.counts["preempted beam searches"] += group.num_preemptions > 0
 
     def _judge(self, sequence: Sequence) -> None:
         """An answer equals what the pretend model says of the sequence alone, and ends where it must."""
@@ -372,7 +497,7 @@ class Trial:
     def run(self, steps: int) -> Counter[str]:
         for _ in range(steps):
             self.step()
-        self.load = self.abort = 0
+        self.load = self.abort = self.fork = 0
         for _ in range(100_000):
             if not self.step():
                 break
@@ -388,18 +513,20 @@ class Trial:
             held = self.worker.memory[block] % VOCAB
             assert held.astype("<i4").tobytes() == entry[2], "a published block holds something else"
         scheduler = self.scheduler.counts
-        self.counts["recomputed"] = scheduler.preemptions[Preemption.RECOMPUTE]
-        self.counts["swapped"] = scheduler.preemptions[Preemption.SWAP]
+        self.counts["recomputed"] = scheduler.preempted(Preemption.RECOMPUTE)
+        self.counts["swapped"] = scheduler.preempted(Preemption.SWAP)
         self.counts["slots read"] = self.worker.num_slots_read
         return self.counts
 
 
-class _Random:
+class _Random(Always):
     def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
+        super().__init__(Preemption.SWAP)
+        self._rng = rng
 
-    def choose(self, group: RequestGroup, num_blocks: int) -> Preemption:
-        return self.rng.choice(list(Preemption))
+    def decide(self, victim: VictimFacts) -> Choice:
+        self.preemption = self._rng.choice(list(Preemption))
+        return super().decide(victim)
 
 
 def fuzz(num_steps: int, seed: int = 0, steps_per_trial: int = 60) -> Counter[str]:

@@ -74,8 +74,8 @@ def test_a_row_counts_its_tenants() -> None:
 def test_rows_are_ordered_by_priority_then_arrival_then_branch() -> None:
     batch = Batch(5, 16)
     late, early, urgent = group([1], arrival=2), group([1], arrival=1, n=3), group([1], arrival=3, priority=-1)
-    early.sequences[0].fork(2)
-    early.sequences[0].fork(1)
+    early.sequences[0].fork()
+    early.sequences[0].fork()
     for sequence in [*late.sequences, *early.sequences, *urgent.sequences]:
         batch.add(sequence)
     found = [(s.group.arrival, s.branch) for s in batch.sequences[batch.rows_in_order()]]
@@ -99,7 +99,7 @@ def test_a_fork_has_its_parents_tokens_and_names_but_no_row_and_no_blocks() -> N
     parent = made.sequences[0]
     parent.block_names = [b"x"]
     batch.add(parent)
-    child: Sequence = parent.fork(1)
+    child: Sequence = parent.fork()
     parent.block_names.append(b"y")
     assert made.sequences == [parent, child] and child.branch == 1
     assert child.token_ids.tolist() == [1, 2, 3] and child.block_names == [b"x"]
@@ -108,7 +108,7 @@ def test_a_fork_has_its_parents_tokens_and_names_but_no_row_and_no_blocks() -> N
 
 def test_a_group_is_finished_when_all_its_sequences_are() -> None:
     made = group([1], n=2)
-    child = made.sequences[0].fork(1)
+    child = made.sequences[0].fork()
     made.is_forked = True
     made.sequences[0].status = Status.FINISHED
     assert made.live == [child] and made.num_rows == 1 and not made.is_finished

@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 from pretend import Trial, fuzz
 
-from quire.core import kv_cache, scheduler
+from quire.core import admission, kv_cache, scheduler
 from quire.core.admission import AdmissionControl
-from quire.core.batch import Batch
+from quire.core.batch import UNLIMITED, Batch
+from quire.core.beam_groups import BeamGroups
 from quire.core.block_pool import BlockPool
 from quire.core.kv_cache import KVCacheManager
 from quire.core.prefix_cache import PrefixCache
+from quire.core.rows import RowKeeper
 from quire.core.scheduler import Scheduler
+from quire.core.sequence import Sequence, Status
+from quire.core.transfers import Transfers
 
 STEPS = 100_000
 
@@ -122,24 +126,18 @@ def swapped_blocks_are_free_at_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def swapped_in_group_runs_before_its_blocks_are_there(patch: pytest.MonkeyPatch) -> None:
-    swap_in = Scheduler._swap_in
+    back = Transfers.back
 
     def broken(self, group):
-        swap_in(self, group)
+        back(self, group)
         for sequence in group.live:
-            self._set_limit(sequence)
+            self._batch.limit[sequence.row] = UNLIMITED
 
-    patch.setattr(Scheduler, "_swap_in", broken)
+    patch.setattr(Transfers, "back", broken)
 
 
 def swap_in_does_not_wait_for_swap_out(patch: pytest.MonkeyPatch) -> None:
-    preempt = Scheduler._preempt
-
-    def broken(self, group):
-        preempt(self, group)
-        self._leaving.clear()
-
-    patch.setattr(Scheduler, "_preempt", broken)
+    patch.setattr(Transfers, "is_leaving", lambda self, group: False)
 
 
 def wrong_guesses_are_not_rewound(patch: pytest.MonkeyPatch) -> None:
@@ -178,6 +176,79 @@ def budget_is_not_shared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(scheduler.np, "count_nonzero", lambda array: 0)
 
 
+# -- of forks and beams
+def candidates_are_used_twice(patch: pytest.MonkeyPatch) -> None:
+    advance = BeamGroups._advance
+
+    def broken(self, group, live):
+        told = [sequence.candidates for sequence in live]
+        ended = advance(self, group, live)
+        for sequence, candidates in zip(live, told):
+            sequence.candidates = candidates
+        return ended
+
+    patch.setattr(BeamGroups, "_advance", broken)
+
+
+def what_a_swapped_beam_told_is_lost(patch: pytest.MonkeyPatch) -> None:
+    take = BeamGroups.take
+
+    def broken(self, sequence, candidates):
+        if sequence.status is Status.RUNNING:
+            take(self, sequence, candidates)
+
+    patch.setattr(BeamGroups, "take", broken)
+
+
+def beams_stand_in_another_order(patch: pytest.MonkeyPatch) -> None:
+    advance = BeamGroups._advance
+
+    def broken(self, group, live):
+        ended = advance(self, group, live)
+        group.sequences = group.sequences[::-1]
+        return ended
+
+    patch.setattr(BeamGroups, "_advance", broken)
+
+
+def rows_are_not_kept_for_forks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RowKeeper, "num_free", property(lambda self: self._batch.num_free_rows))
+
+
+def fork_of_a_running_sequence_shares_what_is_not_computed(patch: pytest.MonkeyPatch) -> None:
+    hit_of = AdmissionControl._hit
+
+    def broken(self, group):
+        source = group.source
+        if source is not None and source.status is Status.RUNNING:
+            common = min(admission.common_start(group.live[0], source), source.num_tokens, self._max_hit(group))
+            columns = -(-common // self._kv.block_size)
+            if all(count[source.row] >= columns for count in self._kv.num_blocks):
+                return self._kv.shared_with(source, common) or hit_of(self, group)
+        return hit_of(self, group)
+
+    patch.setattr(AdmissionControl, "_hit", broken)
+
+
+def copies_are_not_made(patch: pytest.MonkeyPatch) -> None:
+    drain = KVCacheManager.drain
+    patch.setattr(KVCacheManager, "drain", lambda self, step: (drain(self, step)[0], np.zeros((0, 2), dtype=np.int32)))
+
+
+def a_token_that_was_decided_is_not_told(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RowKeeper, "append", lambda self, sequence, token_id: sequence.append(token_id))
+
+
+def what_is_recomputed_is_charged_again(patch: pytest.MonkeyPatch) -> None:
+    forget = Sequence.forget_computed
+
+    def broken(self):
+        forget(self)
+        self._num_charged = 0
+
+    patch.setattr(Sequence, "forget_computed", broken)
+
+
 FAULTS: list[Fault] = [
     no_copy_on_write,
     hit_covers_the_last_token,
@@ -195,6 +266,14 @@ FAULTS: list[Fault] = [
     aborted_swapped_group_keeps_host_blocks,
     tokens_behind_the_end_are_kept,
     budget_is_not_shared,
+    candidates_are_used_twice,
+    what_a_swapped_beam_told_is_lost,
+    beams_stand_in_another_order,
+    rows_are_not_kept_for_forks,
+    fork_of_a_running_sequence_shares_what_is_not_computed,
+    copies_are_not_made,
+    a_token_that_was_decided_is_not_told,
+    what_is_recomputed_is_charged_again,
 ]
 
 
@@ -203,6 +282,8 @@ def test_the_load_finds_a_planted_fault(fault: Fault, monkeypatch: pytest.Monkey
     fault(monkeypatch)
     with pytest.raises(AssertionError, match=r"trial .* failed") as caught:
         fuzz(20_000)
+    cause = caught.value.__cause__
+    assert not isinstance(cause, TypeError | AttributeError | NameError), "the fault itself does not fit the code"
     print(f"\n{fault.__name__}: {caught.value}")
 
 

@@ -12,7 +12,9 @@ import numpy as np
 
 from quire.core.batch import Batch
 from quire.core.block_pool import NULL_BLOCK
+from quire.core.journal import Shortage
 from quire.core.kv_cache import KVCacheManager, PrefixHit
+from quire.core.preemption import blocks_ahead
 from quire.core.sequence import RequestGroup, Sequence, Status
 from quire.errors import RequestError
 
@@ -21,16 +23,6 @@ class Admission(Enum):
     NOW = "now"
     LATER = "later"
     NEVER = "never"
-
-
-class Shortage(Enum):
-    """What a group waits for. The list is open: later kinds of work have resources of their own."""
-
-    BLOCKS = "blocks"
-    BUDGET = "budget"
-    ROWS = "rows"
-    IN_FLIGHT = "in flight"  # a step or a transfer that still works on it has not come back
-    LENGTH = "length"  # longer than max_model_len
 
 
 _PARAM_OF = {Shortage.LENGTH: "prompt", Shortage.ROWS: "n", Shortage.BLOCKS: "max_tokens"}
@@ -67,25 +59,26 @@ class AdmissionControl:
 
     def ever(self, group: RequestGroup) -> Verdict:
         """NEVER, with the shortage and a sentence, or LATER."""
-        prompt, n = len(group.prompt_token_ids), group.params.n
+        prompt, n = len(group.prompt_token_ids), group.params.num_sequences
         if group.max_tokens < 1:
             reason = f"the prompt has {prompt} tokens; max_model_len={self._max_model_len} must leave room for one more"
             return Verdict(Admission.NEVER, Shortage.LENGTH, reason)
         if n > self._batch.max_num_seqs:
-            reason = f"n={n} is more than max_num_seqs={self._batch.max_num_seqs}"
+            reason = f"{_name_of_n(group)}={n} is more than max_num_seqs={self._batch.max_num_seqs}"
             return Verdict(Admission.NEVER, Shortage.ROWS, reason)
         needed = self._most_blocks(group)
         if needed > self._kv.pool.num_blocks:
             reason = (
-                f"the request may need {needed} KV blocks (prompt {prompt} tokens, n={n}, max_tokens={group.max_tokens}), "
-                f"the engine has {self._kv.pool.num_blocks}: lower n or max_tokens"
+                f"the request may need {needed} KV blocks (prompt {prompt} tokens, {_name_of_n(group)}={n}, "
+                f"max_tokens={group.max_tokens}), the engine has {self._kv.pool.num_blocks}: lower "
+                f"{_name_of_n(group)} or max_tokens"
             )
             return Verdict(Admission.NEVER, Shortage.BLOCKS, reason)
         return Verdict(Admission.LATER)
 
     def _most_blocks(self, group: RequestGroup) -> int:
         """Blocks that a group holds at most when alone: n sequences that share the prompt's full blocks."""
-        size, n = self._kv.block_size, group.params.n
+        size, n = self._kv.block_size, group.params.num_sequences
         prompt = len(group.prompt_token_ids)
         total = prompt + group.max_tokens - 1  # the last token's keys and values are not needed
         most = 0
@@ -96,15 +89,17 @@ class AdmissionControl:
         return most
 
     # -- now -------------------------------------------------------------------------------------------------------------
-    def now(self, group: RequestGroup, budget: int, num_free_rows: int) -> Verdict:
-        """NOW or LATER, for a group that no step or transfer in flight works on. `budget` is in tokens."""
+    def now(self, group: RequestGroup, budget: int, num_free_rows: int, horizon: int = 0) -> Verdict:
+        """NOW or LATER, for a group that no step or transfer in flight works on. `budget` is in tokens. With a horizon, it
+        and those that run need room for so many more tokens each (see `ResumeGuard`)."""
         if group.num_rows > num_free_rows:
             return Verdict(Admission.LATER, Shortage.ROWS)
         kv, live = self._kv, group.live
         is_alone = not self._batch.num_running
         spare = kv.pool.num_free
         if not is_alone:
-            spare -= self._watermark_blocks + self._promised_blocks()
+            spare -= self._watermark_blocks + self._promised_blocks(horizon)
+            spare -= horizon * len(live) // kv.block_size * len(kv.groups)
         if live[0].status is Status.SWAPPED:
             needed = kv.num_to_swap_in(live)
             # and a block for each next token, unless it is alone and must come back even if that fills the pool
@@ -112,12 +107,24 @@ class AdmissionControl:
             return Verdict(Admission.NOW) if fits else Verdict(Admission.LATER, Shortage.BLOCKS)
         if budget <= 0:
             return Verdict(Admission.LATER, Shortage.BUDGET)
-        hit = kv.lookup(live[0], self._max_hit(group))
+        hit = self._hit(group)
         if hit.partial and self._blocks_to_start(group, hit) > spare:
             hit = hit.without_partial()  # its source would be pinned beside its copy
         if self._blocks_to_start(group, hit) > spare:
             return Verdict(Admission.LATER, Shortage.BLOCKS)
         return Verdict(Admission.NOW, hit=hit)
+
+    def _hit(self, group: RequestGroup) -> PrefixHit:
+        """What the group finds: in the prefix cache, or in the running sequence that it was forked from."""
+        lead, most = group.live[0], self._max_hit(group)
+        hit = self._kv.lookup(lead, most)
+        source = group.source
+        # a limit of 0: its own blocks are still on their way
+        if source is not None and source.status is Status.RUNNING and self._batch.limit[source.row] > 0:
+            common = min(common_start(lead, source), source.num_computed, most)
+            if common > hit.num_tokens:
+                return self._kv.shared_with(source, common) or hit
+        return hit
 
     def _blocks_to_start(self, group: RequestGroup, hit: PrefixHit) -> int:
         """Blocks that stop being available when a group without any computes all tokens that it knows."""
@@ -127,6 +134,7 @@ class AdmissionControl:
         for spec, table in zip(self._kv.groups, hit.blocks):
             blocks = spec.max_blocks(lead.num_tokens, size, first_chunk)
             needed += max(blocks - sum(block != NULL_BLOCK for block in table), 0)
+            needed += hit.is_fork and hit.num_tokens % size > 0  # whoever writes first copies the last block
         shared = len(group.prompt_token_ids) // size
         for sequence in others:
             for spec in self._kv.groups:
@@ -134,14 +142,14 @@ class AdmissionControl:
                 needed += blocks - shared if spec.window is None else blocks
         return needed
 
-    def _promised_blocks(self) -> int:
-        """Blocks that running sequences still have to take for the tokens they know."""
+    def _promised_blocks(self, horizon: int = 0) -> int:
+        """Blocks that running sequences still have to take for the tokens they know, and `horizon` more."""
         batch, size = self._batch, self._kv.block_size
         rows = batch.rows_in_order()
-        known = -(-np.minimum(batch.num_tokens[rows] + batch.num_pending[rows], batch.max_total[rows] - 1) // size)
+        known, most_tokens = batch.num_tokens[rows] + batch.num_pending[rows], batch.max_total[rows]
         promised = 0
         for spec, have, first in zip(self._kv.groups, self._kv.num_blocks, self._kv.first_block):
-            missing = known - have[rows]
+            missing = blocks_ahead(known, most_tokens, have[rows], horizon, size)
             if spec.window is not None:  # it lets go of blocks as it takes others
                 most = spec.max_blocks(self._max_model_len, size, self._max_step_tokens)
                 missing = np.minimum(missing, most - (have[rows] - first[rows]))
@@ -157,6 +165,13 @@ class AdmissionControl:
         if group.params.prompt_logprobs is not None and not lead.num_output_tokens:
             return 0
         return min([lead.num_tokens, *(common_start(sequence, lead) for sequence in others)]) - 1
+
+
+def _name_of_n(group: RequestGroup) -> str:
+    """What the caller calls the number of sequences."""
+    if group.params.best_of is None:
+        return "n"
+    return "beam width" if group.params.use_beam_search else "best_of"
 
 
 def common_start(sequence: Sequence, source: Sequence) -> int:

@@ -35,16 +35,20 @@ class Batch:
         self.num_pending = column()
         self.num_scheduled = column()
         self.num_computed = column()
+        self.num_charged = column()  # what its client has been charged for, however often it is computed
+        self.num_prompt = column()
+        self.client = column()  # the client's number
         self.max_total = column()  # prompt + max_tokens
         self.min_total = column()  # prompt + min_tokens: before that, no token stops
         self.limit = column(UNLIMITED)  # num_scheduled must not pass it yet: it waits for something
+        self.is_beam = column()  # 1: its samples are candidates, and the group decides
         self.last_step = np.full(max_num_seqs, -1, dtype=np.int64)
         self.epoch = column()  # counts the row's tenants
         self.stop_ids = np.full((max_num_seqs, MAX_STOP_IDS), -1, dtype=np.int32)
         self.has_many_stop_ids = np.zeros(max_num_seqs, dtype=np.bool_)
         self.sequences = np.full(max_num_seqs, None, dtype=object)
         self._used = np.zeros(max_num_seqs, dtype=np.bool_)
-        self._priority = np.zeros(max_num_seqs, dtype=np.int64)
+        self.priority = np.zeros(max_num_seqs, dtype=np.int64)
         self._arrival = np.zeros(max_num_seqs, dtype=np.int64)
         self._branch = np.zeros(max_num_seqs, dtype=np.int64)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -62,7 +66,7 @@ class Batch:
         """int32: rows in use, by (priority, arrival, branch). The rows of a group are neighbours."""
         if self._order is None:
             used = np.flatnonzero(self._used).astype(np.int32)
-            keys = (self._branch[used], self._arrival[used], self._priority[used])
+            keys = (self._branch[used], self._arrival[used], self.priority[used])
             self._order = used[np.lexsort(keys)]
         return self._order
 
@@ -72,9 +76,11 @@ class Batch:
         prompt = len(group.prompt_token_ids)
         sequence.move_in(self, row)
         sequence.status = Status.RUNNING
+        self.num_prompt[row], self.client[row] = prompt, group.client_number
         self.max_total[row] = prompt + group.max_tokens
         self.min_total[row] = prompt + group.params.min_tokens
         self.limit[row] = UNLIMITED
+        self.is_beam[row] = group.beam is not None
         self.last_step[row] = sequence.last_step
         stop_ids = all_stop_ids(group)
         self.has_many_stop_ids[row] = len(stop_ids) > MAX_STOP_IDS
@@ -82,7 +88,7 @@ class Batch:
         self.stop_ids[row, : len(stop_ids)] = stop_ids[:MAX_STOP_IDS]
         self.sequences[row] = sequence
         self._used[row] = True
-        self._priority[row], self._arrival[row], self._branch[row] = group.priority, group.arrival, sequence.branch
+        self.priority[row], self._arrival[row], self._branch[row] = group.priority, group.arrival, sequence.branch
         self._order = None
         return row
 

@@ -57,6 +57,7 @@ class PrefixHit:
     num_tokens: int = 0
     blocks: list[list[int]] = field(default_factory=list)
     partial: tuple[list[int], int] | None = None
+    is_fork: bool = False  # blocks of a running sequence; the last may be its partial one, shared until somebody writes
 
     def without_partial(self) -> PrefixHit:
         extra = self.partial[1] if self.partial else 0
@@ -110,7 +111,7 @@ class KVCacheManager:
         self._root = (*root, block_size)
         self._group_prefixes = [group_key(g, b"") for g in range(len(groups))]
         self._updates: list[list[TableUpdate]] = [[] for _ in groups]
-        self._copies: list[tuple[int, int]] = []
+        self._copies: dict[int, int] = {}  # target -> source, of the step being planned
         self._copied_from: list[int] = []  # cached sources, pinned until the step that copies them is known
         self._moving: dict[int, _Moving] = {}
         self._next_transfer = 0
@@ -176,7 +177,8 @@ class KVCacheManager:
         self.pool.release(sources, last_step + 1)
 
     def _copy(self, source: int, target: int) -> None:
-        self._copies.append((source, target))
+        # copies of a launch are made at once: what is to be copied on is copied from where it comes
+        self._copies[target] = self._copies.get(source, source)
         self.num_copies += 1
         if self.pool.on_event:
             self.pool.on_event(BlockEvent(EventKind.COPIED, target, b""))
@@ -301,6 +303,22 @@ class KVCacheManager:
             length = min(length, found[1])
         hit.partial = (sources, length)
         hit.num_tokens += length
+
+    def shared_with(self, source: TokenSequence, num_tokens: int) -> PrefixHit | None:
+        """The first `num_tokens` tokens in the blocks of a running sequence. None if its windows have left some behind."""
+        row, end = source.row, -(-num_tokens // self.block_size)
+        if any(self.first_block[g][row] > self._first_needed(g, num_tokens) for g in self._windowed):
+            return None
+        return PrefixHit(num_tokens, [table[row, :end].tolist() for table in self.tables], is_fork=True)
+
+    def cached_after(self, sequence: TokenSequence, num_tokens: int, most: int = 4) -> list[int]:
+        """Tokens that cached blocks of the first cache group have at index `num_tokens`, after the same beginning: at most
+        `most` different ones. What they are beside `sequence`'s own token there tells why a hit ended."""
+        full = num_tokens // self.block_size
+        parent = self.names_of(sequence, full)[full - 1] if full else self.root_of(sequence)
+        at = num_tokens - full * self.block_size
+        begins = np.ascontiguousarray(sequence.token_ids[full * self.block_size : num_tokens], dtype="<i4").tobytes()
+        return self.pool.cache.next_tokens(group_key(0, parent), begins, at, most)
 
     def num_revived(self, hit: PrefixHit) -> int:
         """Blocks of a hit that count as available until it is attached."""
@@ -449,9 +467,11 @@ class KVCacheManager:
     def drain(self, step: int) -> tuple[list[list[TableUpdate]], np.ndarray]:
         """Table updates and (source, target) copies [C, 2] collected for step `step`."""
         updates, self._updates = self._updates, [[] for _ in self.groups]
-        copies = np.asarray(self._copies, dtype=np.int32).reshape(-1, 2)
+        copies = np.asarray([(source, target) for target, source in self._copies.items()], dtype=np.int32).reshape(
+            -1, 2
+        )
         self.pool.release(self._copied_from, step)
-        self._copies, self._copied_from = [], []
+        self._copies, self._copied_from = {}, []
         return updates, copies
 
     def check(self) -> None:
@@ -469,6 +489,4 @@ class KVCacheManager:
             if moving.pool is self.pool:
                 np.add.at(counted, moving.blocks, 1)
         assert (counted == self.pool.ref_count).all(), "a reference count differs from the tables"
-        sources, targets = {s for s, _ in self._copies}, [t for _, t in self._copies]
-        assert not sources & set(targets), "a block is source and target of copies"
-        assert len(targets) == len(set(targets)), "a block is the target of two copies"
+        assert not self._copies.keys() & set(self._copies.values()), "a block is source and target of copies"

@@ -99,6 +99,18 @@ class PrefixCache:
                 best = (int.from_bytes(entry[-4:], "little"), count)
         return best
 
+    def next_tokens(self, parent: bytes, begins: bytes, at: int, most: int) -> list[int]:
+        """The tokens at index `at` of up to `most` children of `parent` that begin with `begins`, `at` tokens; each once."""
+        children = self._children.get(parent, [])
+        found: list[int] = []
+        index = bisect_left(children, begins)
+        while index < len(children) and children[index].startswith(begins) and len(found) < most:
+            token = int.from_bytes(children[index][4 * at : 4 * at + 4], "little")
+            found.append(token)
+            following = begins + children[index][4 * at : 4 * at + 4] + b"\xff" * len(children[index])
+            index = bisect_left(children, following)
+        return found
+
     def _neighbours(self, parent: bytes, tokens: bytes) -> Iterator[bytes]:
         children = self._children.get(parent)
         if children:

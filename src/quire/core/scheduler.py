@@ -5,26 +5,44 @@ lets it catch up by some of them, within one token budget. `schedule` plans a st
 may lie between them. Does not know tensors, text, or clocks.
 
 Order of service: (priority, arrival). Decoding sequences get their one token each first, then the running ones that catch up,
-then the waiting ones. Who runs out of blocks takes them from the last in that order.
+then the waiting ones. Who runs out of blocks takes them from the last in that order. Among clients, those catch up and are
+let in first that were given least (`fairness`).
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from quire.core.admission import Admission, AdmissionControl, Shortage, common_start
-from quire.core.batch import UNLIMITED, Batch
+from quire.core.admission import Admission, AdmissionControl, common_start
+from quire.core.batch import Batch
+from quire.core.beam_groups import BeamGroups
+from quire.core.budget import TokenBudget
+from quire.core.fairness import FairQueue, ServiceCounters
+from quire.core.forks import WaitingForks
+from quire.core.journal import PreemptionNote, PrefixNote, Shortage
 from quire.core.kv_cache import AllocationPlan, KVCacheManager, PrefixHit
-from quire.core.preemption import Preemption, PreemptionPolicy, SwapForks
+from quire.core.preemption import (
+    Cause,
+    Preemption,
+    PreemptionPolicy,
+    Reason,
+    ResumeGuard,
+    SwapForks,
+    decide,
+)
+from quire.core.rows import RowKeeper
 from quire.core.sequence import FinishReason, RequestGroup, Sequence, Status
-from quire.core.step import Direction, NewRow, SchedulerOutput, StepOutput, Transfer
+from quire.core.step import Direction, SchedulerOutput, StepOutput
 from quire.core.stop import cut_behind_end, find_end
+from quire.core.transfers import Transfers
+from quire.core.victims import facts_of, over_its_share
 
 ROW_DTYPE = np.int32
+ARRIVAL_GAP = 1 << 20  # numbers between two arrivals, for the groups that are forked from the first
 
 
 @dataclass(slots=True)
@@ -37,6 +55,7 @@ class StepTokens:
     token_ids: list[int] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
+    beam_groups: list[RequestGroup] = field(default_factory=list)  # whose beams have moved on by a token
     prompt_entries: list[tuple[Sequence, int, int]] = field(default_factory=list)  # sequence, entry, first position
 
 
@@ -50,15 +69,7 @@ class _Flight:
     epochs: np.ndarray
     sequences: np.ndarray
     sample_index: np.ndarray  # sample -> index into the above
-
-
-@dataclass(slots=True)
-class _WaitingFork:
-    """`target` starts with the first `num_tokens` tokens of `source`, as soon as that has them."""
-
-    source: Sequence
-    target: Sequence
-    num_tokens: int
+    is_beam: np.ndarray  # bool, by sample
 
 
 @dataclass(slots=True)
@@ -67,16 +78,21 @@ class SchedulerCounts:
 
     steps: int = 0
     tokens: int = 0
-    preemptions: Counter[Preemption] = field(default_factory=Counter)
+    preemptions: Counter[tuple[Preemption, Cause, Reason]] = field(default_factory=Counter)
     recomputed_tokens: int = 0
     swapped_blocks: Counter[Direction] = field(default_factory=Counter)
+
+    def preempted(self, way: Preemption) -> int:
+        return sum(count for key, count in self.preemptions.items() if key[0] is way)
 
 
 class Scheduler:
     """Holds every request from `add` to its end.
 
     `max_num_batched_tokens` is the budget of one step; `max_steps_in_flight` how many steps may be planned before the first
-    of them has come back; `watermark` the share of blocks that an admission leaves free for those that run.
+    of them has come back; `watermark` the share of blocks that an admission leaves free for those that run; `counters` what
+    each client was given; `step_target_s` how long a step in which somebody decodes may take; `on_preempt` hears of each
+    preemption.
     """
 
     def __init__(
@@ -89,6 +105,9 @@ class Scheduler:
         max_steps_in_flight: int = 1,
         policy: PreemptionPolicy | None = None,
         watermark: float = 0.01,
+        counters: ServiceCounters | None = None,
+        step_target_s: float | None = None,
+        on_preempt: Callable[[RequestGroup, PreemptionNote], None] | None = None,
     ) -> None:
         assert max_num_batched_tokens > 0 and max_steps_in_flight > 0
         self.batch = batch
@@ -99,19 +118,21 @@ class Scheduler:
         self.policy = policy or SwapForks()
         self.admission = AdmissionControl(batch, kv, max_num_batched_tokens, max_model_len, watermark)
         self.counts = SchedulerCounts()
+        self.counters = counters or ServiceCounters()
+        self._budget = TokenBudget(batch, self.counters, max_num_batched_tokens, step_target_s)
         self.admitted: list[RequestGroup] = []  # for the first time, since the caller last emptied this list
         self.waiting_for: Shortage | None = None  # why the first waiting group was not admitted in the last step
+        self._on_preempt = on_preempt
         self._groups: dict[str, RequestGroup] = {}
-        self._waiting: list[tuple[int, int, RequestGroup]] = []  # a heap; groups that ended meanwhile are skipped
-        self._num_ended_waiting = 0  # such groups
+        self._queue = FairQueue(self.counters)
+        self._guard = ResumeGuard()
         self._flights: deque[_Flight] = deque()
-        self._forks: list[_WaitingFork] = []
-        self._arriving: dict[int, list[Sequence]] = {}  # transfer -> sequences that run when it is done
-        self._leaving: dict[int, RequestGroup] = {}  # transfer -> group that cannot come back before it is done
-        self._swaps: list[Transfer] = []  # for the step being planned
-        self._new_rows: list[Sequence] = []
-        self._drafts: dict[int, list[int]] = {}  # row -> guesses
-        self._kept_rows: dict[str, int] = {}  # request -> rows that are kept free for the forks after its prefill
+        self._rows = RowKeeper(batch, kv)
+        self._forks = WaitingForks(batch, kv)
+        self._beams = BeamGroups(self._rows, self._leave_row)
+        self._transfers = Transfers(batch, kv, self.counts.swapped_blocks)
+        self._drafts = self._budget.drafts
+        self._held_in_vain: RequestGroup | None = None  # tokens were held back for it, and it was not let in
         self._next_arrival = 0
         self._next_step = 0
 
@@ -123,10 +144,22 @@ class Scheduler:
         left = self.max_model_len - prompt
         group.max_tokens = left if params.max_tokens is None else min(params.max_tokens, left)
         self.admission.check_ever(group)
-        group.arrival = self._next_arrival
-        self._next_arrival += 1
+        group.arrival = self._arrival_of(group)
+        group.start_beams()
+        group.client_number = self.counters.enter(group.client)
+        group.journal.added_step = self._next_step
         self._groups[group.request_id] = group
-        self._wait(group)
+        self._queue.push(group)
+
+    def _arrival_of(self, group: RequestGroup) -> int:
+        """A running number; one that was forked from a request comes right behind that."""
+        if group.source is not None:
+            root = group.root = group.source.group.root or group.source.group
+            root.num_forks += 1
+            if root.num_forks < ARRIVAL_GAP:
+                return root.arrival + root.num_forks
+        self._next_arrival += ARRIVAL_GAP
+        return self._next_arrival
 
     def get(self, request_id: str) -> RequestGroup | None:
         return self._groups.get(request_id)
@@ -141,32 +174,30 @@ class Scheduler:
         return True
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
-        """Ends one sequence, whatever it is doing (a stop string was found, say)."""
+        """Ends one sequence, whatever it is doing (a stop string was found, say); of a beam search, all beams."""
         if sequence.is_finished:
             return
+        group = sequence.group
         was_waiting = sequence.status is not Status.RUNNING
-        if sequence.status is Status.RUNNING:
-            self._leave_row(sequence)
-        elif sequence.status is Status.SWAPPED:
-            self.kv.drop_host(sequence)
-        sequence.status = Status.FINISHED
-        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
-        if sequence.group.is_finished:
-            del self._groups[sequence.group.request_id]
+        for ended in group.live if group.beam is not None else [sequence]:
+            if ended.status is Status.RUNNING:
+                self._leave_row(ended)
+            elif ended.status is Status.SWAPPED:
+                self.kv.drop_host(ended)
+            ended.status = Status.FINISHED
+            ended.finish_reason, ended.stop_reason = reason, stop_reason
+        if group.is_finished:
+            del self._groups[group.request_id]
             if was_waiting:
-                self._num_ended_waiting += 1
-                self._tidy_queue()
-
-    def _tidy_queue(self) -> None:
-        """Groups that ended while they waited leave the queue when they are more than half of it: O(1) for each."""
-        if self._num_ended_waiting > len(self._waiting) // 2 + 16:
-            self._waiting = [entry for entry in self._waiting if not entry[2].is_finished]
-            heapq.heapify(self._waiting)
-            self._num_ended_waiting = 0
+                self._queue.note_finished(group)
+            self.counters.leave(group.client)
+            self._guard.forget(group.request_id)
+        else:
+            self._rows.keep_for(group)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) - self._num_ended_waiting
+        return len(self._queue)
 
     @property
     def num_running(self) -> int:
@@ -177,61 +208,47 @@ class Scheduler:
         return bool(self._groups)
 
     @property
+    def step_target_s(self) -> float | None:
+        return self._budget.step_target_s
+
+    @step_target_s.setter
+    def step_target_s(self, seconds: float) -> None:
+        self._budget.step_target_s = seconds
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that have been planned."""
+        return self._next_step
+
+    @property
     def num_in_flight(self) -> int:
         return len(self._flights)
-
-    def _wait(self, group: RequestGroup) -> None:
-        heapq.heappush(self._waiting, (*group.order, group))
 
     # -- plan a step ---------------------------------------------------------------------------------------------------
     def schedule(self) -> SchedulerOutput | None:
         """The next step, or None if there is nothing to do before a step in flight comes back."""
         if len(self._flights) >= self.max_steps_in_flight:
             return None
-        self._run_forks()
+        self._forks.run()
+        next_in = self._budget.next_in = self._displace() if self.counters.num_clients > 1 else None
         rows = self.batch.rows_in_order()
-        counts = self._share_budget(rows)
+        counts = self._budget.share(rows)
         rows, counts, plan, was_short = self._make_room(rows, counts)
-        self.kv.commit(plan, self._next_step - 1)
+        self._commit(plan)
         starts = self.batch.num_scheduled[rows]
+        self._charge(rows, starts, starts + counts)
         parts = [(rows, starts, counts)]
         if not was_short:
-            parts += self._admit(self.max_num_batched_tokens - int(counts.sum()))
+            parts += self._admit(self._budget.total - int(counts.sum()))
+        self._held_in_vain = next_in[0] if next_in and self._queue.first() is next_in[0] else None
         return self._emit(parts)
 
-    def _share_budget(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens [R] that each running row computes: one for each that decodes, the rest in order to those that catch up."""
-        batch = self.batch
-        target = np.minimum(batch.num_tokens[rows] + batch.num_pending[rows], batch.max_total[rows] - 1)
-        counts = np.maximum(np.minimum(target, batch.limit[rows]) - batch.num_scheduled[rows], 0)
-        left = self.max_num_batched_tokens
-        decoding = counts == 1
-        num_decoding = int(np.count_nonzero(decoding))
-        if num_decoding > left:
-            counts[np.flatnonzero(decoding)[left:]] = 0
-        left = max(left - num_decoding, 0)
-        for i in np.flatnonzero(counts > 1).tolist():
-            counts[i] = min(int(counts[i]), left)
-            left -= int(counts[i])
-        if self._drafts:
-            self._add_drafts(rows, counts, left)
-        return counts
-
-    def _add_drafts(self, rows: np.ndarray, counts: np.ndarray, left: int) -> None:
-        """Guessed tokens ride along with a row that decodes, as far as the budget and its length allow."""
-        batch = self.batch
-        for i, row in enumerate(rows.tolist()):
-            guesses = self._drafts.get(row)
-            if not guesses:
-                continue
-            room = int(batch.max_total[row] - 1 - batch.num_tokens[row])
-            keep = min(len(guesses), left, room)
-            if counts[i] != 1 or batch.num_pending[row] or keep <= 0:
-                del self._drafts[row]
-                continue
-            self._drafts[row] = guesses[:keep]
-            counts[i] += keep
-            left -= keep
+    def _commit(self, plan: AllocationPlan) -> None:
+        self.kv.commit(plan, self._next_step - 1)
+        for copy in plan.copy:
+            if copy.any():
+                for sequence in self.batch.sequences[plan.rows[copy]]:
+                    sequence.group.journal.num_copies += 1
 
     def _make_room(self, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, AllocationPlan, bool]:
         """Rows that compute in this step, with blocks for all of them: preempts the last groups as far as it must.
@@ -260,162 +277,149 @@ class Scheduler:
             else:
                 self._preempt(victim)
                 rows = batch.rows_in_order()  # the victim's share of the budget is for others now
-                counts = self._share_budget(rows)
+                counts = self._budget.share(rows)
                 rows, counts = rows[counts > 0], counts[counts > 0]
 
-    def _preempt(self, group: RequestGroup) -> None:
+    def _preempt(self, group: RequestGroup, cause: Cause = Cause.OUT_OF_BLOCKS) -> None:
         """Takes all rows and blocks from a group: all or nothing, since its sequences share and are resumed together."""
         running = [sequence for sequence in group.live if sequence.status is Status.RUNNING]
-        num_blocks = sum(int(table[s.row]) for table in self.kv.num_blocks for s in running)
-        transfer = None
-        if self._is_whole(group) and self.policy.choose(group, num_blocks) is Preemption.SWAP:
-            transfer = self.kv.swap_out(running)
-        group.num_preemptions += 1
-        self.counts.preemptions[Preemption.SWAP if transfer else Preemption.RECOMPUTE] += 1
+        is_whole = not (self._forks.involve(group) or self._transfers.involve(group))
+        facts = facts_of(self.kv, running, is_whole)
+        choice = decide(self.policy, facts)
+        transfer = self.kv.swap_out(running) if choice.preemption is Preemption.SWAP else None
+        lost = 0
         for sequence in running:
-            lost = sequence.num_scheduled
             self._leave_row(sequence)
             if transfer:
                 sequence.status = Status.SWAPPED
             else:
                 sequence.status = Status.WAITING
                 sequence.forget_computed()
-                group.num_recomputed_tokens += lost
-                self.counts.recomputed_tokens += lost
         if transfer:
-            self._swaps.append(transfer)
-            self._leaving[transfer.transfer_id] = group
-            self.counts.swapped_blocks[Direction.OUT] += len(transfer.pairs)
-        self._wait(group)
+            self._transfers.out(group, transfer)
+        else:
+            lost = facts.num_recompute_tokens
+            group.journal.num_recomputed_tokens += lost
+            self.counts.recomputed_tokens += lost
+        note = PreemptionNote(
+            self._next_step, cause, choice.preemption, choice.reason, choice.explanation, facts.num_blocks, lost
+        )
+        group.journal.preemptions.append(note)
+        self.counts.preemptions[choice.preemption, cause, choice.reason] += 1
+        self._guard.note_preempted(group.request_id, self._next_step)
+        self._queue.push(group)
+        if self._on_preempt:
+            self._on_preempt(group, note)
 
     def _leave_row(self, sequence: Sequence) -> None:
-        row = sequence.row
-        for fork in [f for f in self._forks if sequence in (f.source, f.target)]:
-            self._forks.remove(fork)
-            if fork.target is sequence:
-                self._set_limit(fork.source)  # it need not stop there any more
-            elif fork.target.status is Status.RUNNING:
-                self._fork(fork)  # it takes what there is
-        self._drafts.pop(row, None)
-        if sequence in self._new_rows:
-            self._new_rows.remove(sequence)
-        for arriving in self._arriving.values():
-            if sequence in arriving:
-                arriving.remove(sequence)
-        self._kept_rows.pop(sequence.group.request_id, None)
-        self.kv.free(row, int(self.batch.last_step[row]))
-        self.batch.remove(sequence)
-
-    # -- forks that wait for their source ------------------------------------------------------------------------------
-    def _is_whole(self, group: RequestGroup) -> bool:
-        """None of its sequences waits for another one, or for its blocks to arrive."""
-        waiting = [fork.target for fork in self._forks]
-        waiting += [sequence for arriving in self._arriving.values() for sequence in arriving]
-        return not any(sequence.group is group for sequence in waiting)
-
-    def _run_forks(self) -> None:
-        """Starts the sequences whose source has computed what they share with it."""
-        for fork in list(self._forks):
-            if fork.source.num_computed >= fork.num_tokens and fork.source not in [f.target for f in self._forks]:
-                self._forks.remove(fork)
-                self._fork(fork)
-
-    def _fork(self, fork: _WaitingFork) -> None:
-        batch, source, target = self.batch, fork.source.row, fork.target.row
-        # not what steps in flight compute: none of them would tell the target when they have
-        count = min(fork.num_tokens, int(batch.num_computed[source]))
-        self.kv.fork(source, target, count)
-        batch.num_scheduled[target] = batch.num_computed[target] = count
-        for sequence in (fork.source, fork.target):
-            self._set_limit(sequence)
-
-    def _set_limit(self, sequence: Sequence) -> None:
-        """A row stops where others are to fork from it, and waits at 0 for its own source or its blocks."""
-        limit = min((fork.num_tokens for fork in self._forks if fork.source is sequence), default=UNLIMITED)
-        if any(fork.target is sequence for fork in self._forks):
-            limit = 0
-        self.batch.limit[sequence.row] = limit
+        self._forks.drop(sequence)
+        self._transfers.drop(sequence)
+        self._drafts.pop(sequence.row, None)
+        self._rows.leave(sequence)
 
     # -- admission -----------------------------------------------------------------------------------------------------
     def _admit(self, budget: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Lets waiting groups in, strictly in order: who does not fit holds up those behind."""
         parts = []
         self.waiting_for = None
-        while self._waiting:
-            group = self._waiting[0][2]
-            if group.is_finished:
-                heapq.heappop(self._waiting)
-                self._num_ended_waiting -= 1
-                continue
+        while (group := self._queue.first()) is not None:
             if self._is_in_flight(group):
-                self.waiting_for = Shortage.IN_FLIGHT
+                self._wait(group, Shortage.IN_FLIGHT)
                 break
-            verdict = self.admission.now(group, budget, self.batch.num_free_rows - sum(self._kept_rows.values()))
+            horizon = self._guard.horizon(group.request_id, is_alone=not self.batch.num_running)
+            verdict = self.admission.now(group, budget, self._rows.num_free, horizon)
             if verdict.answer is not Admission.NOW:
-                self.waiting_for = verdict.shortage
+                assert verdict.shortage is not None
+                self._wait(group, verdict.shortage)
                 break
-            heapq.heappop(self._waiting)
+            self._queue.pop(group)
+            self._guard.note_resumed(group.request_id, self._next_step)
             if verdict.hit is None:
-                self._swap_in(group)
+                self._rows.enter_group(group)
+                self._transfers.back(group)
             else:
                 part = self._start(group, verdict.hit, budget)
                 budget -= int(part[2].sum())
                 parts.append(part)
         return parts
 
+    def _displace(self) -> tuple[RequestGroup, int] | None:
+        """The first in the queue, if it is let in in this step, and the tokens that it is to compute.
+
+        Where it finds no room, groups of clients that have more than their share make it. A share is of rows or blocks,
+        whichever is missing, by weight; and they were given no less than who waits. After it the client that waits has no
+        more than the other keeps, so two of them cannot displace each other in turn.
+        """
+        while (group := self._queue.first()) is not None and not self._is_in_flight(group):
+            horizon = self._guard.horizon(group.request_id, is_alone=not self.batch.num_running)
+            verdict = self.admission.now(group, self.max_num_batched_tokens, self._rows.num_free, horizon)
+            if verdict.shortage is Shortage.ROWS:
+                usage = np.ones(len(self.batch.rows_in_order()), dtype=np.int64)
+                needed = group.num_rows
+            elif verdict.shortage is Shortage.BLOCKS and not self.kv.pool.num_pending + self.kv.num_moving:
+                usage = sum(table[self.batch.rows_in_order()] for table in self.kv.num_blocks)
+                needed = sum(-(-sequence.num_tokens // self.kv.block_size) for sequence in group.live)
+            else:
+                if verdict.hit is None or group is self._held_in_vain:
+                    return None
+                return group, group.live[0].num_tokens - verdict.hit.num_tokens
+            victim = over_its_share(self.batch, self.counters, group, usage, needed)
+            if victim is None:
+                return None
+            self._preempt(victim, Cause.FAIRNESS)
+        return None
+
+    def _wait(self, group: RequestGroup, shortage: Shortage) -> None:
+        self.waiting_for = shortage
+        group.journal.waited[shortage] += 1
+
     def _is_in_flight(self, group: RequestGroup) -> bool:
         """A step, or a transfer to the host, that works on a preempted group has not come back."""
         last_step = max(sequence.last_step for sequence in group.live)
-        return last_step > self.kv.pool.completed_step or any(leaving is group for leaving in self._leaving.values())
+        return last_step > self.kv.pool.completed_step or self._transfers.is_leaving(group)
 
     def _start(self, group: RequestGroup, hit: PrefixHit, budget: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Gives a group without blocks its rows, and its first sequence some tokens; the others fork from that."""
         batch, kv = self.batch, self.kv
         live = group.live
-        self._enter_rows(group)
+        self._rows.enter_group(group)
         lead, row = live[0], live[0].row
         kv.attach(row, hit)
         batch.num_scheduled[row] = batch.num_computed[row] = hit.num_tokens
-        lead.num_published = len(hit.blocks[0])
+        lead.num_published = min(hit.num_tokens // kv.block_size, len(hit.blocks[0]))
+        group.journal.num_copies += hit.partial is not None
         if not group.was_admitted:
-            group.was_admitted = True
+            group.journal.admitted_step = self._next_step
+            group.journal.prefix = self._note_prefix(lead, hit)
             self.admitted.append(group)
             group.num_cached_tokens = hit.num_tokens
             kv.num_prefix_queries += lead.num_tokens
             kv.num_prefix_hits += hit.num_tokens
+        group.source = None
         for i, sequence in enumerate(live[1:], start=1):
             starts = [common_start(sequence, source) for source in live[:i]]
             best = int(np.argmax(starts))
-            self._forks.append(_WaitingFork(live[best], sequence, starts[best]))
+            self._forks.add(live[best], sequence, starts[best])
         for sequence in live:
-            self._set_limit(sequence)
+            self._forks.set_limit(sequence)
         rows_array = np.asarray([row], dtype=ROW_DTYPE)
         start = batch.num_scheduled[rows_array]
         todo = min(lead.num_tokens, int(batch.limit[row]), int(batch.max_total[row]) - 1) - hit.num_tokens
         count = np.asarray([max(min(todo, budget), 0)], dtype=ROW_DTYPE)
-        kv.commit(kv.plan(rows_array, start, count), self._next_step - 1)
+        self._commit(kv.plan(rows_array, start, count))
+        self._charge(rows_array, start, start + count)  # at once: who is next depends on it
         return rows_array, start, count
 
-    def _enter_row(self, sequence: Sequence) -> int:
-        row = self.batch.add(sequence)
-        self._new_rows.append(sequence)
-        return row
-
-    def _enter_rows(self, group: RequestGroup) -> None:
-        for sequence in group.live:
-            self._enter_row(sequence)
-        if not group.is_forked:
-            self._kept_rows[group.request_id] = group.params.n - 1
-
-    def _swap_in(self, group: RequestGroup) -> None:
-        live = group.live
-        self._enter_rows(group)
-        transfer = self.kv.swap_in(live)
-        for sequence in live:
-            self.batch.limit[sequence.row] = 0  # until its blocks are there
-        self._arriving[transfer.transfer_id] = list(live)
-        self._swaps.append(transfer)
-        self.counts.swapped_blocks[Direction.IN] += len(transfer.pairs)
+    def _note_prefix(self, lead: Sequence, hit: PrefixHit) -> PrefixNote:
+        num_tokens, found = lead.num_tokens, hit.num_tokens
+        return PrefixNote(
+            num_prompt_tokens=num_tokens,
+            num_tokens=found,
+            blocks=list(hit.blocks[0]),
+            from_fork=hit.is_fork,
+            token=int(lead.token_ids[found]) if found < num_tokens else None,
+            cached_tokens=self.kv.cached_after(lead, found) if self.kv.enable_prefix_caching else [],
+        )
 
     # -- hand a step over ----------------------------------------------------------------------------------------------
     def _emit(self, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> SchedulerOutput | None:
@@ -427,7 +431,7 @@ class Scheduler:
             kept = counts > 0
             rows, starts, counts = rows[kept], starts[kept], counts[kept]
         is_polling = self.kv.has_transfers and not self._flights
-        if not len(rows) and not self._swaps and not is_polling:
+        if not len(rows) and not self._transfers.are_ordered and not is_polling:
             return None
         step = self._next_step
         self._next_step += 1
@@ -439,12 +443,12 @@ class Scheduler:
         sample_index = sample_entries
         batch.num_scheduled[rows] = ends
         batch.last_step[rows] = step
-        batch.num_pending[sample_rows] += 1
+        batch.num_pending[sample_rows] += 1 - batch.is_beam[sample_rows]  # a beam's next token is not drawn in the step
         all_rows, all_ends = rows, ends
         drafts = {}
         if self._drafts:
             drafts = self._take_drafts(rows)
-        forked = self._fork_after_prefill(sample_rows, sample_entries, step) if self._kept_rows else []
+        forked = self._fork_after_prefill(sample_rows, sample_entries) if self._rows.num_kept else []
         if forked:
             children, entries = (np.asarray(column, dtype=ROW_DTYPE) for column in zip(*forked))
             sample_index = np.concatenate([sample_index, len(rows) + np.arange(len(children), dtype=ROW_DTYPE)])
@@ -453,10 +457,9 @@ class Scheduler:
             sample_positions = np.concatenate([sample_positions, ends[entries]])
             all_rows = np.concatenate([rows, children])
             all_ends = np.concatenate([ends, ends[entries]])
-        new_rows = [self._describe(sequence) for sequence in self._new_rows]
-        self._new_rows = []
+        new_rows, token_updates = self._rows.drain()
         updates, copies = self.kv.drain(step)
-        swaps, self._swaps = self._swaps, []
+        swap_out, swap_in = self._transfers.drain()
         output = SchedulerOutput(
             step_id=step,
             rows=rows,
@@ -466,17 +469,27 @@ class Scheduler:
             sample_rows=sample_rows,
             sample_positions=sample_positions,
             new_rows=new_rows,
+            token_updates=token_updates,
             table_updates=updates,
-            swap_out=[transfer for transfer in swaps if transfer.direction is Direction.OUT],
-            swap_in=[transfer for transfer in swaps if transfer.direction is Direction.IN],
+            swap_out=swap_out,
+            swap_in=swap_in,
             copies=copies,
             draft_token_ids=drafts,
         )
         epochs, sequences = batch.epoch[all_rows], batch.sequences[all_rows]
-        self._flights.append(_Flight(output, all_rows, all_ends, epochs, sequences, sample_index))
+        is_beam = batch.is_beam[sample_rows] > 0
+        self._flights.append(_Flight(output, all_rows, all_ends, epochs, sequences, sample_index, is_beam))
         self.counts.steps += 1
         self.counts.tokens += int(counts.sum())
         return output
+
+    def _charge(self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
+        """Clients pay for each token that is computed for them, once: not again after a preemption."""
+        batch = self.batch
+        before = np.maximum(batch.num_charged[rows], starts)
+        written = (ends - starts == 1) & (starts >= batch.num_prompt[rows])
+        self.counters.charge_rows(batch.client[rows], np.maximum(ends - before, 0), written)
+        batch.num_charged[rows] = np.maximum(before, ends)
 
     def _take_drafts(self, rows: np.ndarray) -> dict[int, list[int]]:
         """Entry -> guesses of this step. Such a row waits for the result: how far it got decides where it goes on."""
@@ -488,7 +501,7 @@ class Scheduler:
                 self.batch.limit[row] = 0
         return drafts
 
-    def _fork_after_prefill(self, rows: np.ndarray, entries: np.ndarray, step: int) -> list[tuple[int, int]]:
+    def _fork_after_prefill(self, rows: np.ndarray, entries: np.ndarray) -> list[tuple[int, int]]:
         """(row, entry) of the sequences that begin where their prompt ends: they share its blocks, and its logits."""
         forked = []
         for row, entry in zip(rows.tolist(), entries.tolist()):
@@ -497,31 +510,12 @@ class Scheduler:
             if group.is_forked:
                 continue
             group.is_forked = True
-            del self._kept_rows[group.request_id]
-            for branch in range(1, group.params.n):
-                child = sequence.fork(branch)
-                target = self._enter_row(child)
-                self.kv.fork(row, target, int(self.batch.num_scheduled[row]))
-                self.batch.num_scheduled[target] = self.batch.num_scheduled[row]
-                self.batch.num_computed[target] = self.batch.num_computed[row]
-                self.batch.num_pending[target] = 1
-                self.batch.last_step[target] = step
-                child.num_published = sequence.num_published
-                forked.append((target, entry))
+            for _ in range(1, group.params.num_sequences):
+                child = self._rows.fork(sequence)
+                self.batch.num_pending[child.row] = 1
+                forked.append((child.row, entry))
+            self._rows.keep_for(group)
         return forked
-
-    def _describe(self, sequence: Sequence) -> NewRow:
-        group = sequence.group
-        return NewRow(
-            row=sequence.row,
-            token_ids=sequence.token_ids.copy(),
-            num_prompt_tokens=len(group.prompt_token_ids),
-            params=group.params,
-            seed=group.seed,
-            branch=sequence.branch,
-            stop_token_ids=group.stop_token_ids,
-            bad_words_token_ids=group.bad_words_token_ids,
-        )
 
     # -- a step comes back ---------------------------------------------------------------------------------------------
     def update(self, result: StepOutput) -> StepTokens:
@@ -529,10 +523,10 @@ class Scheduler:
         flight = self._flights.popleft()
         assert flight.output.step_id == result.step_id, "steps come back in order"
         batch, kv = self.batch, self.kv
-        for transfer_id in result.finished_transfers:
-            self._finish_transfer(transfer_id)
+        self._finish_transfers(result.finished_transfers)
         kv.pool.complete_step(result.step_id)
         kv.host_pool.complete_step(result.step_id)
+        self._measure(flight.output, result)
         given = StepTokens()
         here = batch.epoch[flight.rows] == flight.epochs
         rows = flight.rows[here]
@@ -548,6 +542,7 @@ class Scheduler:
         token_ids = np.asarray(result.token_ids, dtype=np.int32)
         plain = here[flight.sample_index]
         plain[list(result.errors)] = False
+        plain &= ~flight.is_beam
         if flight.output.draft_token_ids:
             plain &= ~np.isin(flight.sample_index, list(flight.output.draft_token_ids))
         self._append(flight, token_ids, np.flatnonzero(plain), given)
@@ -555,6 +550,8 @@ class Scheduler:
             self._append_special(flight, result, sample, given)
         # after the new tokens are known: a full block's name needs none of them, but its owner may have ended
         self._publish(flight, here)
+        given.beam_groups, ended = self._beams.decide()
+        given.finished += ended
         for sample, guesses in result.draft_token_ids.items():
             sequence = flight.sequences[flight.sample_index[sample]]
             if sequence.status is Status.RUNNING:
@@ -562,6 +559,21 @@ class Scheduler:
         for sequence in given.finished:
             self.finish(sequence, sequence.finish_reason or FinishReason.STOP, sequence.stop_reason)
         return given
+
+    def _measure(self, output: SchedulerOutput, result: StepOutput) -> None:
+        """What the step tells of the machine: what tokens cost, and how fast blocks move."""
+        decoding = int(np.count_nonzero(output.num_tokens == 1))
+        prefill = output.total_num_tokens - decoding
+        seconds = result.elapsed_s - result.transfer_s
+        if len(output.rows):
+            if self.step_target_s is not None:
+                self._budget.pace.observe(decoding, prefill, int(output.starts.sum()), seconds)
+            if prefill > 3 * decoding:
+                self.policy.note_prefill(prefill, seconds)
+        moved = sum(len(transfer.pairs) for transfer in (*output.swap_out, *output.swap_in))
+        if moved and result.transfer_s:
+            block_bytes = self.kv.groups[0].block_bytes(self.kv.block_size)  # every cache group's
+            self.policy.note_transfer(moved * block_bytes, result.transfer_s)
 
     def _append(self, flight: _Flight, token_ids: np.ndarray, samples: np.ndarray, given: StepTokens) -> None:
         """One token each for sequences that are where they were: the way of nearly all tokens, in arrays."""
@@ -585,14 +597,17 @@ class Scheduler:
             self._check_end(sequences[i], given)
 
     def _append_special(self, flight: _Flight, result: StepOutput, sample: int, given: StepTokens) -> None:
-        """A sample that failed, gave several tokens, or whose sequence has left its row."""
+        """A sample that failed, gave several tokens or candidates, or whose sequence has left its row."""
         index = int(flight.sample_index[sample])
         sequence: Sequence = flight.sequences[index]
         if sequence.is_finished:
             return
         if sample in result.errors:
             sequence.finish_reason, sequence.error = FinishReason.ERROR, result.errors[sample]
-            given.finished.append(sequence)
+            given.finished.append(sequence)  # of a beam search, all beams with it
+            return
+        if flight.is_beam[sample]:
+            self._beams.take(sequence, result.candidates[sample])
             return
         had_drafts = index in flight.output.draft_token_ids
         tokens = list(result.accepted.get(sample, [int(result.token_ids[sample])]))
@@ -611,7 +626,7 @@ class Scheduler:
             if had_drafts:
                 # guesses that were wrong have left keys and values behind: the next step writes over them
                 batch.num_scheduled[row] = batch.num_computed[row] = count + len(tokens) - 1
-                self._set_limit(sequence)
+                self._forks.set_limit(sequence)
         given.sequences += [sequence] * len(tokens)
         given.token_ids += tokens
         given.samples += [sample] * len(tokens)
@@ -637,14 +652,15 @@ class Scheduler:
         kv.publish(rows[filled], computed[filled])
         kv.free_behind_windows(rows, self._next_step - 1)
 
-    def _finish_transfer(self, transfer_id: int) -> None:
-        self.kv.finish_transfer(transfer_id)
-        self._leaving.pop(transfer_id, None)
+    def _finish_transfers(self, transfer_ids: list[int]) -> None:
         arrived = []
-        for sequence in self._arriving.pop(transfer_id, []):
-            if sequence.status is Status.RUNNING:
-                self._set_limit(sequence)
+        for transfer_id in transfer_ids:
+            for sequence in self._transfers.finish(transfer_id):
+                self._forks.set_limit(sequence)
+                self._beams.touch(sequence.group)
                 arrived.append(sequence.row)
+        if not arrived:
+            return
         rows = np.asarray(arrived, dtype=ROW_DTYPE)
         self.kv.publish(rows, np.minimum(self.batch.num_computed[rows], self.batch.num_tokens[rows]))
         self.kv.free_behind_windows(rows, self._next_step - 1)

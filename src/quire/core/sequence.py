@@ -6,12 +6,16 @@ waits, and what never changes always. Does not know blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quire.core.beam import Beam, BeamSearch
+from quire.core.journal import Journal
+from quire.core.step import Candidates
 from quire.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -49,6 +53,7 @@ class Sequence:
 
     __slots__ = (
         "_buffer",
+        "_num_charged",
         "_num_computed",
         "_num_pending",
         "_num_scheduled",
@@ -56,6 +61,7 @@ class Sequence:
         "batch",
         "block_names",
         "branch",
+        "candidates",
         "error",
         "finish_reason",
         "group",
@@ -80,11 +86,13 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.error: str | None = None
+        self.candidates: Candidates | None = None  # of a beam, until its group has decided
         self._buffer = token_ids
         self._num_tokens = len(token_ids)
         self._num_scheduled = 0
         self._num_computed = 0
         self._num_pending = 0
+        self._num_charged = 0  # tokens whose computation its client has been charged for
 
     @property
     def num_tokens(self) -> int:
@@ -142,7 +150,8 @@ class Sequence:
         self._num_computed = self._num_scheduled = count
 
     def forget_computed(self) -> None:
-        """Its keys and values are gone: everything is to be computed again."""
+        """Its keys and values are gone: everything is to be computed again, and what came of it to be drawn again."""
+        self.candidates = None
         self._num_computed = self._num_scheduled = self.num_published = 0
 
     def move_in(self, batch: Batch, row: int) -> None:
@@ -153,6 +162,7 @@ class Sequence:
         batch.num_scheduled[row] = self._num_scheduled
         batch.num_computed[row] = self._num_computed
         batch.num_pending[row] = self._num_pending
+        batch.num_charged[row] = self._num_charged
         self.batch, self.row = batch, row
 
     def move_out(self) -> None:
@@ -162,12 +172,21 @@ class Sequence:
         self._num_scheduled = int(batch.num_scheduled[row])
         self._num_computed = int(batch.num_computed[row])
         self._num_pending = int(batch.num_pending[row])
+        self._num_charged = int(batch.num_charged[row])
         self._buffer = batch.token_ids[row, : self._num_tokens].copy()
         self.batch, self.row = None, -1
 
-    def fork(self, branch: int) -> Sequence:
+    def append(self, token_id: int) -> None:
+        """A token that was decided on the host, for a running sequence."""
+        assert self.batch is not None
+        count = self.num_tokens
+        self.batch.token_ids[self.row, count] = token_id
+        self.batch.num_tokens[self.row] = count + 1
+
+    def fork(self) -> Sequence:
         """A sequence of the same group with this one's tokens. It has no row and no blocks yet."""
-        child = Sequence(self.group, branch, self.token_ids.copy())
+        child = Sequence(self.group, self.group.num_branches, self.token_ids.copy())
+        self.group.num_branches += 1
         child.block_names = list(self.block_names)
         self.group.sequences.append(child)
         return child
@@ -188,21 +207,47 @@ class RequestGroup:
     arrival: int = 0
     arrival_s: float = 0.0
     priority: int = 0
+    client: str = ""  # whose request it is: clients share token time by their weights
     stop_token_ids: tuple[int, ...] = ()  # end-of-text tokens: they finish a sequence with stop_reason None
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    find_stop_string: Callable[[Beam, int], str | None] | None = None  # that a token behind a beam completes
     cache_salt: str | None = None
+    source: Sequence | None = None  # a sequence of another group, from which this one was forked while it ran
     max_tokens: int = 0  # most tokens of an answer, what the model's length leaves; set by the scheduler
-    sequences: list[Sequence] = field(default_factory=list)
+    beam: BeamSearch | None = None  # set by the scheduler, where the request asks for it
+    sequences: list[Sequence] = field(default_factory=list)  # of a beam search: the live beams, best first
+    num_branches: int = 1  # sequences that it has had
+    num_forks: int = 0  # groups that were forked from it, or from those
+    num_own_forks: int = 0  # from it alone
+    root: RequestGroup | None = None  # of such a group: the request that all began with
+    client_number: int = 0  # of `client` among those with live requests; set by the scheduler
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at first admission
-    num_recomputed_tokens: int = 0
-    num_preemptions: int = 0
-    was_admitted: bool = False
+    journal: Journal = field(default_factory=Journal)
     is_forked: bool = False  # its n sequences exist
 
     def __post_init__(self) -> None:
         if not self.sequences:
             self.sequences.append(Sequence(self, 0, self.prompt_token_ids))
-            self.is_forked = self.params.n == 1
+            self.is_forked = self.params.num_sequences == 1 or self.params.use_beam_search
+
+    def start_beams(self) -> None:
+        """Begins the search that the request asks for; its longest answer is known now."""
+        if self.params.use_beam_search:
+            self.beam = BeamSearch(
+                self.params.num_sequences,
+                num_end_tokens=len({*self.stop_token_ids, *(self.params.stop_token_ids or ())}),
+                max_tokens=self.max_tokens,
+                length_penalty=self.params.length_penalty,
+                early_stopping=self.params.early_stopping,
+            )
+
+    @property
+    def was_admitted(self) -> bool:
+        return self.journal.admitted_step is not None
+
+    @property
+    def num_preemptions(self) -> int:
+        return len(self.journal.preemptions)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -219,4 +264,6 @@ class RequestGroup:
     @property
     def num_rows(self) -> int:
         """Rows that it needs to run to its end."""
-        return len(self.live) if self.is_forked else self.params.n
+        if self.is_finished:
+            return 0
+        return len(self.live) if self.is_forked and self.beam is None else self.params.num_sequences

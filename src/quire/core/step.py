@@ -3,7 +3,8 @@
 All arrays are int32 and host memory; rows are the worker's rows, assigned by the core. A sequence keeps its row as long as
 it runs; its token ids, block tables and sampling parameters live in the worker under that row, and a step sends changes only.
 
-Within a step the worker does, in this order: new rows and table updates, swap out, swap in, block copies, forward, sample.
+Within a step the worker does, in this order: new rows, token and table updates, swap out, swap in, block copies, forward,
+sample.
 """
 
 from __future__ import annotations
@@ -32,6 +33,47 @@ class NewRow:
     branch: int
     stop_token_ids: tuple[int, ...]  # end-of-text tokens, unless ignored: masked until min_tokens are out
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    num_candidates: int = 0  # above 0: a beam, whose samples give so many candidates and draw nothing
+
+
+@dataclass(slots=True)
+class TokenUpdate:
+    """A token that was decided on the host: token_ids[rows[i], positions[i]] = token_ids[i]."""
+
+    rows: np.ndarray
+    positions: np.ndarray
+    token_ids: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """Of one token: its log probability and rank under the raw model distribution, and the likeliest tokens beside it."""
+
+    logprob: float
+    rank: int
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+@dataclass(slots=True)
+class Candidates:
+    """How a beam may go on: `token_ids` [K] and `scores` [K], log probabilities after penalties and masks, best first.
+
+    Where the request asks for logprobs: `logprobs` [K] and `ranks` [K] of the candidates under the raw distribution, and its
+    likeliest tokens `top_ids` and `top_logprobs` [k].
+    """
+
+    token_ids: np.ndarray
+    scores: np.ndarray
+    logprobs: np.ndarray | None = None
+    ranks: np.ndarray | None = None
+    top_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
+
+    def info(self, column: int) -> TokenInfo | None:
+        if self.logprobs is None or self.ranks is None or self.top_ids is None or self.top_logprobs is None:
+            return None
+        return TokenInfo(float(self.logprobs[column]), int(self.ranks[column]), self.top_ids, self.top_logprobs)
 
 
 @dataclass(slots=True)
@@ -84,6 +126,7 @@ class SchedulerOutput:
     sample_rows: np.ndarray
     sample_positions: np.ndarray
     new_rows: list[NewRow] = field(default_factory=list)
+    token_updates: TokenUpdate | None = None
     table_updates: list[list[TableUpdate]] = field(default_factory=list)  # one list for each cache group
     swap_out: list[Transfer] = field(default_factory=list)
     swap_in: list[Transfer] = field(default_factory=list)
@@ -110,6 +153,8 @@ class StepOutput:
     draft_token_ids: dict[int, list[int]] = field(default_factory=dict)  # sample -> guesses for its next step
     logprobs: dict[int, Any] = field(default_factory=dict)  # sample -> sampling.logprobs of the drawn token
     prompt_logprobs: dict[int, Any] = field(default_factory=dict)  # entry -> of the tokens that follow its positions
+    candidates: dict[int, Candidates] = field(default_factory=dict)  # sample -> how its beam may go on
     errors: dict[int, str] = field(default_factory=dict)  # sample -> why no token could be drawn
     finished_transfers: list[int] = field(default_factory=list)
-    elapsed_s: float = 0.0
+    elapsed_s: float = 0.0  # of the whole step
+    transfer_s: float = 0.0  # of that, moving its blocks out and in; 0 if it was not waited for
