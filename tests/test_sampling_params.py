@@ -37,7 +37,7 @@ BAD = [
     *((name, value) for name in INTEGERS for value in (True, "1", 1.0, math.nan, HUGE, -HUGE, [1])),
     *((name, value) for name in BOOLEANS for value in (None, 1, "true")),
     *((name, value) for name in LISTS for value in (3, {"a": 1}, b"x", [None], [1.5], [True], [[]])),
-    *[("n", 0), ("n", None), ("n", module.MAX_N + 1), ("best_of", 2), ("top_k", -2), ("top_k", None)],
+    *[("n", 0), ("n", None), ("n", module.MAX_N + 1), ("best_of", 0), ("top_k", -2), ("top_k", None)],
     *[("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("repetition_penalty", 0), ("temperature", -0.1)],
     *[("top_p", 0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.1), ("seed", 2**64), ("max_tokens", 0)],
     *[("min_tokens", -1), ("min_tokens", 17), ("logprobs", -2), ("prompt_logprobs", -2), ("truncate_prompt_tokens", 0)],
@@ -140,3 +140,30 @@ def test_no_torch():
     names = "quire.sampling_params, quire.outputs, quire.engine.tokenizer, quire.engine.detokenizer"
     code = f"import sys, {names}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_beam_search_is_asked_for_as_sampling_parameters_are():
+    found = module.BeamSearchParams(beam_width=4, max_tokens=9, n=2, length_penalty=2, early_stopping="never")
+    params = found.sampling_params()
+    assert (params.n, params.num_sequences, params.use_beam_search, params.is_greedy) == (2, 4, True, True)
+    assert (params.length_penalty, params.early_stopping, params.max_tokens) == (2.0, "never", 9)
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        ({"best_of": 2, "n": 3}, "best_of"),
+        ({"best_of": 3, "n": 2, "output_kind": module.RequestOutputKind.DELTA}, "best_of"),
+        ({"length_penalty": 0.5}, "length_penalty"),
+        ({"early_stopping": True}, "early_stopping"),
+        ({"use_beam_search": True, "early_stopping": "soon"}, "early_stopping"),
+        ({"use_beam_search": True, "length_penalty": 11.0}, "length_penalty"),
+        ({"use_beam_search": True, "temperature": 0.7}, "temperature"),
+        ({"use_beam_search": True, "top_k": 5}, "temperature"),
+        ({"use_beam_search": True, "prompt_logprobs": 0}, "prompt_logprobs"),
+    ],
+)
+def test_what_does_not_go_with_a_beam_search_or_without_one_is_refused(params, name):
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**params)
+    assert caught.value.param == name

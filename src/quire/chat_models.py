@@ -12,7 +12,7 @@ import json
 import signal
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from quire.config import EngineConfig
 from quire.engine.engine import Engine
 from quire.engine.input import Prompt
 from quire.errors import ConfigError, EngineDeadError, QuireError, RequestError
-from quire.sampling_params import RequestOutputKind, SamplingParams, recommended_sampling
+from quire.sampling_params import RequestOutputKind, SamplingParams, over_recommended, recommended_sampling
 
 Message = Mapping[str, str]
 
@@ -89,13 +89,14 @@ class LocalModel:
         self._tokenizer = self._engine.tokenizer
         self.has_template = "default" in self._tokenizer.chat_templates
         limit = None if self.has_template else CONTINUATION_TOKENS
-        self._defaults = SamplingParams(max_tokens=limit, **recommended_sampling(self._engine.model.generation))
+        self._defaults = {"max_tokens": limit, "output_kind": RequestOutputKind.DELTA}
+        self._recommended = recommended_sampling(self._engine.model.generation)
         self._num_requests = 0
 
     def answer(
         self, messages: Sequence[Message], sampling: Mapping[str, Any], stats: TurnStats
     ) -> Generator[str, None, None]:
-        params = replace(self._defaults, **sampling, output_kind=RequestOutputKind.DELTA)
+        params = SamplingParams(**{**self._defaults, **over_recommended(self._recommended, sampling)})
         self._num_requests += 1
         request_id, engine, began_s = f"chat-{self._num_requests}", self._engine, time.perf_counter()
         engine.add_request(request_id, self._prompt(messages), params)

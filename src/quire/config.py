@@ -17,8 +17,11 @@ from quire.pocket import embedded_name
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
-PREEMPTION_MODES = ("auto", "recompute", "swap")
-ATTENTION_BACKENDS = ("auto", "cpu", "reference")
+PREEMPTION_MODES = ("auto", "forks", "recompute", "swap")
+ATTENTION_BACKENDS = ("auto", "cpu", "reference", "triton")
+
+CPU_STEP_TOKENS = 2048
+GPU_STEP_TOKENS = 8192
 
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -36,11 +39,15 @@ class EngineConfig:
     gpu_memory_utilization: share of the device's memory that weights, activations and KV cache may take together; None is
         0.9 of a GPU's, and 0.4 of what a CPU's machine has available.
     swap_space: GiB of host memory for the blocks of preempted sequences.
-    preemption_mode: "recompute", "swap", or "auto": recompute single sequences, swap forked ones.
-    max_num_seqs: sequences that run at once. max_num_batched_tokens: token budget of one step; None chooses one.
+    preemption_mode: "recompute", "swap", "forks" (swap what has several sequences, recompute what has one), or "auto":
+        whichever takes less time, by the measured rates of the bus and of prefill.
+    max_num_seqs: sequences that run at once. max_num_batched_tokens: token budget of one step; None is
+        2,048 on a CPU, 8,192 on a GPU.
+    step_target_ms: how long a step in which somebody decodes may take: prompts are read in chunks that fit; None: any time.
+    client_weights: client -> weight; a client of weight 2 gets twice the token time of one of weight 1, the default.
     max_steps_in_flight: steps planned before the first has come back; None chooses 1 on a CPU, 2 on a GPU.
     num_threads: of a CPU; None is all that the process may use, or one for models of a few megabytes.
-    enforce_eager: accepted; there are no graphs on a CPU that it could switch off.
+    enforce_eager: no CUDA graphs; on a CPU there are none.
     """
 
     model: str
@@ -58,6 +65,8 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
     max_steps_in_flight: int | None = None
+    step_target_ms: float | None = None
+    client_weights: Mapping[str, float] | None = None
     max_logprobs: int = 20
     block_size: int = 16
     gpu_memory_utilization: float | None = None
@@ -90,6 +99,12 @@ class EngineConfig:
         self._integer("num_threads", 1, 1024, optional=True)
         self._number("gpu_memory_utilization", 0.01, 1.0, optional=True)
         self._number("swap_space", 0.0, 65536.0)
+        self._number("step_target_ms", 0.01, 1e6, optional=True)
+        for client, weight in (self.client_weights or {}).items():
+            if not isinstance(client, str) or not isinstance(weight, int | float) or not 1e-3 <= weight <= 1e3:
+                raise ConfigError(
+                    f"client_weights must map names to numbers from 0.001 to 1000, not {client!r}: {weight!r}"
+                )
         for name in ("skip_tokenizer_init", "enable_prefix_caching", "enforce_eager"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
@@ -111,10 +126,11 @@ class EngineConfig:
         """What the model is called where nobody named it otherwise: the embedded one has a name, others their path."""
         return embedded_name(self.model) or self.model
 
-    @property
-    def step_token_budget(self) -> int:
-        """Tokens of one step: enough rows to fill the matrix units, few enough that running answers are not held up."""
-        return self.max_num_batched_tokens or max(2048, self.max_num_seqs)
+    def step_token_budget(self, device: str) -> int:
+        """Tokens of one step on `device` ("cpu", "cuda:0"; the one that was chosen, not "auto"): enough rows to fill the matrix
+        units, few enough that running answers are not held up."""
+        default = GPU_STEP_TOKENS if device.startswith("cuda") else CPU_STEP_TOKENS
+        return self.max_num_batched_tokens or max(default, self.max_num_seqs)
 
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)

@@ -29,7 +29,7 @@ from quire.config import EngineConfig
 from quire.engine.input import numbered_seed
 from quire.errors import CapacityError, ConfigError, RequestError
 from quire.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
-from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.sampling_params import RequestOutputKind, SamplingParams, over_recommended, recommended_sampling
 
 if TYPE_CHECKING:  # they load torch; a job that is already done needs none
     from quire.engine.engine import Engine
@@ -178,7 +178,8 @@ def answer(job: Job, llm: LLM, lines: Iterator[tuple[int, bytes]], progress: Gen
     A line that cannot be served gives a record with "error". Raises what the engine raises for the job as a whole.
     """
     engine = llm.engine
-    base = replace(llm.get_default_sampling_params(), **job.sampling)
+    recommended = recommended_sampling(engine.model.generation)
+    base = SamplingParams(**over_recommended(recommended, job.sampling))
     base = replace(base, output_kind=RequestOutputKind.FINAL_ONLY)
     most_running, most_unwritten = (times * engine.config.max_num_seqs for times in (IN_ENGINE, UNWRITTEN))
     running: dict[str, _Line] = {}

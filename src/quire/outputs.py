@@ -32,6 +32,7 @@ class CompletionOutput:
     index: which of the request's n. text, token_ids, logprobs: everything so far, or only what is new, by the request's
     output_kind. logprobs: one dict for each token id, None if not asked for. finish_reason: None while running; "stop" with
     stop_reason = the stop string, the stop token's id, or None for end-of-sequence; "length", "abort" or "error".
+    beam_score: of a beam search's hypothesis, cumulative_logprob / length ** length_penalty.
     """
 
     index: int
@@ -41,9 +42,31 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    beam_score: float | None = None
 
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One beam, with vLLM's names: `tokens` and `text` begin with the prompt. score: cum_logprob / length **
+    length_penalty, length in tokens of the answer. logprobs: of the answer's tokens, if they were asked for."""
+
+    tokens: list[int]
+    cum_logprob: float
+    score: float
+    text: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The beams of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import enum
 import math
 import numbers
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from quire.errors import RequestError
@@ -21,6 +21,7 @@ GREEDY_EPSILON = 1e-5
 MAX_N = 128
 MAX_BEAM_WIDTH = 128
 MAX_TEMPERATURE = 100.0
+MAX_LENGTH_PENALTY = 10.0  # its power of a length still fits float32
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_STOP_STRINGS = 128
 MAX_STOP_STRING_CHARS = 1024
@@ -46,7 +47,9 @@ class RequestOutputKind(enum.Enum):
 class SamplingParams:
     """How the tokens of one request are drawn, and when to stop. Immutable; lists are kept as tuples.
 
-    n: completions per prompt. best_of: only None or n (choosing the best of more is gone, as in vLLM).
+    n: completions per prompt. best_of: sequences to make, of which the n likeliest are returned (None: n).
+    use_beam_search: best_of (or n) is the width of a beam search; see `BeamSearchParams` for length_penalty and
+    early_stopping. Nothing is drawn then, so temperature, top_p, top_k and min_p must be left alone.
     presence_penalty, frequency_penalty: subtracted from logits of tokens already in the output, [-2, 2].
     repetition_penalty: divides (multiplies, if negative) the logits of tokens in prompt or output; 1 is off.
     temperature: 0 is greedy. top_p (0, 1]; top_k 0 or -1 is off; min_p [0, 1], relative to the likeliest token.
@@ -87,18 +90,17 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
     truncate_prompt_tokens: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         keep = _Keeper(self)
         keep.integer("n", 1, MAX_N)
         keep.integer("best_of", 1, MAX_N, optional=True)
-        if self.best_of is not None and self.best_of != self.n:
-            raise RequestError(
-                f"best_of must be left out or equal n ({self.n}), got {self.best_of}: drawing more completions than are "
-                "returned is not supported; ask for n of them and choose by cumulative_logprob",
-                param="best_of",
-            )
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError(f"best_of must be at least n ({self.n}), got {self.best_of}", param="best_of")
         keep.number("presence_penalty", -2.0, 2.0)
         keep.number("frequency_penalty", -2.0, 2.0)
         keep.number("repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
@@ -139,10 +141,28 @@ class SamplingParams:
                 "truncate_prompt_tokens must be -1 (as many as fit) or at least 1, got 0",
                 param="truncate_prompt_tokens",
             )
+        keep.boolean("use_beam_search")
+        keep.beam_scoring()
+        self._check_beam_search()
         if not isinstance(self.output_kind, RequestOutputKind):
             raise RequestError(
                 f"output_kind must be a RequestOutputKind, got {_shown(self.output_kind)}", param="output_kind"
             )
+
+    def _check_beam_search(self) -> None:
+        if self.use_beam_search:
+            if (not self.is_greedy and (self.temperature, self.top_p, self.min_p) != (1.0, 1.0, 0.0)) or self.top_k > 0:
+                raise RequestError(
+                    "beam search draws nothing: leave temperature, top_p, top_k and min_p at their defaults",
+                    param="temperature",
+                )
+            if self.prompt_logprobs is not None:
+                raise RequestError("beam search has no prompt_logprobs", param="prompt_logprobs")
+        elif self.length_penalty != 1.0 or self.early_stopping is not False:
+            name = "length_penalty" if self.length_penalty != 1.0 else "early_stopping"
+            raise RequestError(f"{name} is for beam search: set use_beam_search", param=name)
+        elif self.num_sequences > self.n and self.output_kind is RequestOutputKind.DELTA:
+            raise RequestError("best_of above n cannot be streamed: the best are known at the end", param="best_of")
 
     def verify(self, *, vocab_size: int, max_model_len: int | None = None, max_logprobs: int = 20) -> None:
         """Check what only the model can tell: token ids, and lengths. max_logprobs is the server's cap, -1 for none.
@@ -172,6 +192,11 @@ class SamplingParams:
             )
 
     @property
+    def num_sequences(self) -> int:
+        """Sequences that a request runs at once: best_of, or n. A beam search's width."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
     def is_greedy(self) -> bool:
         """No draw: the likeliest token. top_k, top_p and min_p then have no effect."""
         return self.temperature < GREEDY_EPSILON
@@ -199,12 +224,24 @@ def recommended_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
     return {name: generation[name] for name in names if generation.get(name) is not None}
 
 
+def over_recommended(recommended: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for over what the model recommends. A beam search draws nothing: of that it takes the penalty alone."""
+    if asked.get("use_beam_search"):
+        recommended = {name: value for name, value in recommended.items() if name == "repetition_penalty"}
+    return {**recommended, **asked}
+
+
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
-    """Beam search: keep the `beam_width` likeliest continuations of a prompt.
+    """Beam search: keep the `beam_width` likeliest continuations of a prompt, with transformers' semantics.
 
-    A finished beam scores cumulative_logprob / length ** length_penalty. early_stopping ends as soon as beam_width beams
-    are finished; otherwise the search goes on while a running beam could still beat the worst of them.
+    A finished beam scores cumulative_logprob / length ** length_penalty, its length in tokens of the answer, the end token
+    included. The search ends
+        early_stopping True     as soon as beam_width beams are finished
+        early_stopping False    when the best running beam, at its present length, scores no better than the worst of them
+        early_stopping "never"  when it could not even at max_tokens (with a length_penalty above 0)
+    n: how many of the beams are returned (None: all). The other parameters mean what they mean in `SamplingParams`; they
+    change log probabilities, as transformers' processors do. temperature is vLLM's and must be 0 or 1: nothing is drawn.
     Raises RequestError for anything out of range.
     """
 
@@ -214,17 +251,36 @@ class BeamSearchParams:
     temperature: float = 0.0
     length_penalty: float = 1.0
     include_stop_str_in_output: bool = False
-    early_stopping: bool = False
+    early_stopping: bool | str = False
+    n: int | None = None
+    min_tokens: int = 0
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    logprobs: int | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         keep = _Keeper(self)
         keep.integer("beam_width", 1, MAX_BEAM_WIDTH)
         keep.integer("max_tokens", 1, MAX_TOKENS)
-        keep.boolean("ignore_eos")
+        keep.integer("n", 1, self.beam_width, optional=True)
         keep.number("temperature", 0.0, MAX_TEMPERATURE)
-        keep.number("length_penalty", -MAX_TEMPERATURE, MAX_TEMPERATURE)
-        keep.boolean("include_stop_str_in_output")
-        keep.boolean("early_stopping")
+        if self.temperature not in (0.0, 1.0):
+            raise RequestError("beam search draws nothing: temperature must be 0 or 1", param="temperature")
+        self.sampling_params()
+
+    def sampling_params(self) -> SamplingParams:
+        """The same request as `SamplingParams`, which check the rest."""
+        own = ("beam_width", "temperature", "n")
+        shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in own}
+        n = self.beam_width if self.n is None else self.n
+        return SamplingParams(n=n, best_of=self.beam_width, use_beam_search=True, temperature=0.0, **shared)
 
 
 class _Keeper:
@@ -261,6 +317,14 @@ class _Keeper:
             allowed = f"{'(' if above else '['}{low:g}, {high:g}]"
             raise RequestError(f"{name} must be a finite number in {allowed}, got {_shown(value)}", param=name)
         self._store(name, float(value))
+
+    def beam_scoring(self) -> None:
+        self.number("length_penalty", -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
+        value = getattr(self._params, "early_stopping")  # noqa: B009 - the union has no such attribute
+        if not (isinstance(value, bool) or value == "never"):
+            raise RequestError(
+                f'early_stopping must be true, false or "never", got {_shown(value)}', param="early_stopping"
+            )
 
     def strings(self, name: str, max_count: int, max_chars: int, *, one_allowed: bool = False) -> None:
         value = getattr(self._params, name)

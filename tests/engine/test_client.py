@@ -113,6 +113,121 @@ def test_leaving_and_aborting(tiny_model: Path) -> None:
     with_client(tiny_model, work)
 
 
+def is_empty(client: EngineClient) -> bool:
+    counts = client.counts
+    free = counts.num_free_blocks + counts.num_cached_blocks
+    return counts.num_running == counts.num_waiting == counts.num_sequences == 0 and free == counts.num_blocks
+
+
+async def until_empty(client: EngineClient) -> None:
+    while not is_empty(client):
+        await asyncio.sleep(0.01)
+
+
+def test_forks_stream_as_in_the_same_process(tiny_model: Path) -> None:
+    async def work(client: EngineClient) -> None:
+        parent = client.generate([5] * 40, SamplingParams(**GREEDY, max_tokens=200), "parent", client="alice")
+        await anext(parent)
+        branches = await client.fork("parent", 3, append_tokens=[7, 8], sampling_params={"max_tokens": 5})
+        assert len({branch.request_id for branch in branches}) == 3
+        outputs = await collect(aiter(branches[0]))
+        assert [len(output.outputs[0].token_ids) for output in outputs] == [1, 2, 3, 4, 5]
+        assert all(list(output.prompt_token_ids or ())[-2:] == [7, 8] for output in outputs)
+        others = await asyncio.gather(*(branch.result() for branch in branches[1:]))
+        assert all(other.outputs == outputs[-1].outputs for other in others)
+        killed, closed, unread = await client.fork("parent", 3, client="alice")
+        assert await killed.kill()
+        assert (await killed.result()).outputs[0].finish_reason == "abort"
+        await anext(aiter(closed))
+        await closed.close()
+        await unread.close()
+        await parent.aclose()
+        await until_empty(client)
+        assert client.counts.forked == 6 and client.num_queued() == 0
+
+    with_client(tiny_model, work)
+
+
+def test_forks_that_are_refused_leave_nothing(tiny_model: Path) -> None:
+    async def work(client: EngineClient) -> None:
+        params = SamplingParams(**GREEDY, max_tokens=200)
+        parent = client.generate([5] * 40, params, "parent", client="alice")
+        await anext(parent)
+        for options, param in (
+            ({"request_id": "nobody"}, "request_id"),
+            ({"client": "bob"}, "request_id"),
+            ({"index": 3}, "index"),
+            ({"n": 0}, "n"),
+            ({"branch_ids": ["x", "x"]}, "n"),
+            ({"branch_ids": ["parent"]}, "request_id"),
+            ({"append_tokens": [1000]}, "prompt"),
+            ({"append_tokens": [5] * 300}, "prompt"),
+            ({"append_tokens": ["x"]}, "append"),
+            ({"append_tokens": "\ud800"}, "append"),
+            ({"append_tokens": "text"}, "append"),
+            ({"sampling_params": {"temperature": -1}}, "temperature"),
+            ({"sampling_params": {"temperature": object()}}, "append"),
+            ({"sampling_params": SamplingParams(stop_token_ids=[1000])}, "stop_token_ids"),
+        ):
+            call: dict[str, Any] = {"request_id": "parent", "n": 3, **options}
+            with pytest.raises(RequestError) as caught:
+                await client.fork(call.pop("request_id"), **call)
+            assert caught.value.param == param, options
+            assert list(client._streams) == ["parent"] and not client._forks
+        fork = asyncio.create_task(client.fork("parent", 3))
+        await asyncio.sleep(0)
+        fork.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fork
+        assert list(client._streams) == ["parent"] and client.is_alive
+        await parent.aclose()
+        await until_empty(client)
+        assert client.num_queued() == 0
+
+    with_client(tiny_model, work)
+
+
+def test_a_request_is_explained_to_its_own_client(tiny_model: Path) -> None:
+    async def work(client: EngineClient) -> None:
+        params = SamplingParams(**GREEDY, max_tokens=3)
+        await collect(client.generate([*range(5, 45)], params, "first", client="alice"))
+        await collect(client.generate([*range(5, 25), *range(60, 80)], params, "second", client="bob"))
+        found = await client.explain("second", "bob")
+        assert found is not None and found["client"] == "bob" and found["num_output_tokens"] == [3]
+        difference = found["prefix"]["first_difference"]
+        assert difference["position"] == 20 and difference["cached_tokens"] == [25]
+        hidden = await client.explain("second", "bob", with_others=False)
+        assert hidden is not None and hidden["prefix"]["first_difference"]["cached_tokens"] is None
+        assert not any("25" in sentence for sentence in hidden["summary"])
+        assert await client.explain("second", "alice") is None
+        assert await client.explain("second") == found
+        assert await client.explain("third", "bob") is None and not client._questions
+
+    with_client(tiny_model, work)
+
+
+def test_a_dying_engine_answers_forks_and_questions(tiny_model: Path) -> None:
+    async def work(client: EngineClient) -> None:
+        parent = client.generate([5], SamplingParams(**GREEDY, max_tokens=240), "parent")
+        await anext(parent)
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGSTOP)
+        fork = asyncio.create_task(client.fork("parent", 2))
+        question = asyncio.create_task(client.explain("parent"))
+        await asyncio.sleep(0.05)
+        os.kill(client.pid, signal.SIGKILL)
+        for task in (fork, question):
+            with pytest.raises(EngineDeadError):
+                await task
+        with pytest.raises(EngineDeadError):
+            await client.fork("parent")
+        with pytest.raises(EngineDeadError):
+            await client.explain("parent")
+        assert not client._streams
+
+    with_client(tiny_model, work)
+
+
 def test_a_killed_engine_is_started_again_with_pauses(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def work(client: EngineClient) -> None:
         params = SamplingParams(**GREEDY, max_tokens=240)

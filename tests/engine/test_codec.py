@@ -12,10 +12,14 @@ from quire.engine.codec import (
     HEADER_BYTES,
     Abort,
     Add,
+    AskExplain,
     AskUsage,
     CodecError,
     Died,
     EngineCounts,
+    Explained,
+    Fork,
+    Forked,
     Output,
     Refusal,
     Report,
@@ -60,8 +64,12 @@ COMPLETION = CompletionOutput(
         Start(EngineConfig(model="m", hf_overrides={"a": [1, {"b": None}]}, dtype="bf16")),
         Add("id", "a prompt", PARAMS, priority=-3, cache_salt="salt"),
         Add("id", [1, 2, 3], SamplingParams()),
+        Add("id", "a prompt", PARAMS, client="alice"),
+        Fork("id", ["a", "b"], "text", PARAMS, index=3, client="alice"),
+        Fork("id", ["a"], [1, 2], changes={"seed": 5, "stop": ["x"], "logit_bias": {"7": -1.5}, "output_kind": 1}),
         Abort("id"),
         AskUsage(),
+        AskExplain(1 << 40, "id", "alice", with_others=False),
         Stop(),
     ],
 )
@@ -74,6 +82,11 @@ def test_what_goes_to_the_engine_arrives_as_it_was(message: object) -> None:
     [
         StartFailed("ModelError", "no config.json"),
         Report(EngineCounts(num_running=3, prefix_hits=1 << 40)),
+        Report(EngineCounts(preemptions=[("swap", "out of blocks", "swap cheaper", 3)], forked=2)),
+        Forked("a"),
+        Forked("a", Refusal("id", "no request", "request_id")),
+        Explained(7, None),
+        Explained(7, {"summary": ["a"], "prefix": {"blocks": [1, 2]}, "times": {"arrival_time": 1.5}}),
         Report(
             EngineCounts(),
             [Output("id", [COMPLETION], True, 16, [1, 2], [None, {3: Logprob(-1.0, 1, "x")}], RequestMetrics(1.5))],
@@ -110,6 +123,8 @@ class Trap:
         msgspec.msgpack.encode({"type": "Abort"}),
         msgspec.msgpack.encode({"type": "Abort", "request_id": 5}),
         msgspec.msgpack.encode({"type": "Add", "request_id": "a", "prompt": [1.5], "params": {}}),
+        msgspec.msgpack.encode({"type": "Fork", "request_id": "a", "branch_ids": []}),
+        msgspec.msgpack.encode({"type": "Fork", "request_id": "a", "branch_ids": ["b"], "append": [0.5]}),
         encode(Report(EngineCounts()))[HEADER_BYTES:],  # the other side's message
     ],
 )

@@ -99,14 +99,14 @@ def test_so_few_blocks_that_sequences_are_preempted(
     options = {"num_gpu_blocks_override": 30, "max_model_len": 128, "enable_prefix_caching": caching}
     with load(stories, preemption_mode=mode, max_steps_in_flight=in_flight, **options) as llm:
         assert answers(llm, golden) == expected(golden)
-        preemptions = llm.engine.scheduler.counts.preemptions
-        assert preemptions[Preemption(mode)] >= 3
+        counts = llm.engine.scheduler.counts
+        assert counts.preempted(Preemption(mode)) >= 3
         if mode == "recompute":
-            assert not preemptions[Preemption.SWAP]
+            assert not counts.preempted(Preemption.SWAP)
 
 
 def test_a_full_swap_space_means_recomputing(stories: Path, golden: list[Golden]) -> None:
     options = {"num_gpu_blocks_override": 30, "max_model_len": 128, "preemption_mode": "swap", "swap_space": 0}
     with load(stories, **options) as llm:
         assert answers(llm, golden) == expected(golden)
-        assert llm.engine.scheduler.counts.preemptions[Preemption.RECOMPUTE] >= 3
+        assert llm.engine.scheduler.counts.preempted(Preemption.RECOMPUTE) >= 3

@@ -230,3 +230,14 @@ def test_bad_words_with_and_without_a_space():
 def test_text_that_is_no_unicode_is_the_requests_fault():
     with pytest.raises(RequestError):
         Tokenizer.from_dir(GPT2).encode("\ud800")
+
+
+def test_appended_text_gets_no_space_of_its_own(stories: Path) -> None:
+    """Llama 2's tokenizer puts a space before every text; what goes on another text must not have it."""
+    tokenizer = Tokenizer.from_dir(stories)
+    start = tokenizer.encode("Once upon a time")
+    for text in ("ing", ", and", " a dog", "\n\nThe", "é🙂", "a"):
+        assert tokenizer.decode(start + tokenizer.encode_appended(text)) == "Once upon a time" + text
+    assert tokenizer.encode_appended("") == []
+    with pytest.raises(RequestError):
+        tokenizer.encode_appended("\ud800")

@@ -143,7 +143,7 @@ def greedy(logits, kwargs, **more):
 
 def edited(logits, params, prompt, output, bad_words=()):
     """The logits after all edits, through the sampler's own path."""
-    from quire.sampling.sampler import _edit
+    from quire.sampling.sampler import edit_logits
 
     state = SamplingState(2, logits.shape[1])
     state.set_row(1, params, 0, 0, len(prompt), [EOS], bad_words)
@@ -151,7 +151,7 @@ def edited(logits, params, prompt, output, bad_words=()):
     token_ids[1, : len(prompt) + len(output)] = torch.tensor([*prompt, *output], dtype=torch.int32)
     edited_MV = logits.clone()
     rows = np.array([1])
-    _edit(edited_MV, state, rows, np.array([len(prompt) + len(output)]), token_ids, state.uses_R[rows])
+    edit_logits(edited_MV, state, rows, np.array([len(prompt) + len(output)]), token_ids, state.uses_R[rows])
     return edited_MV
 
 

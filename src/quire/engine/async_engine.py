@@ -11,13 +11,16 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from quire.config import EngineConfig
+from quire.core.accounting import SlotUsage
+from quire.engine.branch import Branch
 from quire.engine.engine import Engine
+from quire.engine.explain import Explanation
 from quire.engine.input import Prompt
 from quire.errors import EngineDeadError
 from quire.outputs import RequestOutput
@@ -67,6 +70,7 @@ class AsyncEngine:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        client: str = "",
     ) -> AsyncIterator[RequestOutput]:
         """Yields the request's outputs as its `output_kind` says, the last with finished=True.
 
@@ -76,10 +80,15 @@ class AsyncEngine:
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
 
         def add() -> None:
-            self.engine.add_request(request_id, prompt, sampling_params, priority=priority)
+            self.engine.add_request(request_id, prompt, sampling_params, priority=priority, client=client)
             self._streams[request_id] = stream
 
         await asyncio.wrap_future(self._call(add))
+        async for output in self._outputs(request_id, stream):
+            yield output
+
+    async def _outputs(self, request_id: str, stream: _Stream) -> AsyncGenerator[RequestOutput, None]:
+        """The items of a stream, up to the request's end; whoever stops before that ends the request."""
         is_over = False
         try:
             while not is_over:
@@ -91,6 +100,41 @@ class AsyncEngine:
         finally:
             if not is_over:
                 self._call(lambda: self._forget(request_id))
+
+    async def fork(
+        self,
+        request_id: str,
+        n: int = 1,
+        *,
+        append_tokens: str | Sequence[int] | None = None,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        index: int = 0,
+        branch_ids: Sequence[str] | None = None,
+        client: str | None = None,
+    ) -> list[Branch]:
+        """`n` branches of a request that runs: each goes on from its last accepted token, after `append_tokens` if those are
+        given (a text or ids), shares its blocks, and is a request of its own, which streams and can be aborted or forked.
+
+        Parameters and errors as `Engine.fork`. A branch whose outputs nobody reads runs nevertheless: abort it.
+        """
+        ids = list(branch_ids) if branch_ids is not None else [f"{request_id}-{next(self._ids)}" for _ in range(n)]
+        loop = asyncio.get_running_loop()
+        streams = {branch_id: _Stream(loop, asyncio.Queue()) for branch_id in ids}
+
+        def fork() -> None:
+            self.engine.fork(request_id, ids, append=append_tokens, params=sampling_params, index=index, client=client)
+            self._streams.update(streams)
+
+        await asyncio.wrap_future(self._call(fork))
+        return [Branch(branch_id, self, self._outputs(branch_id, stream)) for branch_id, stream in streams.items()]
+
+    async def explain(self, request_id: str) -> Explanation | None:
+        """Why a request took its time (see `Engine.explain`)."""
+        return await asyncio.wrap_future(self._call(lambda: self.engine.explain(request_id)))
+
+    async def slot_usage(self) -> SlotUsage:
+        """Where every slot of KV memory is, now."""
+        return await asyncio.wrap_future(self._call(self.engine.slot_usage))
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request: its stream gets a last output that says "abort". False if it isn't there."""

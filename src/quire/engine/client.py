@@ -14,24 +14,30 @@ import operator
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from quire.config import EngineConfig
 from quire.core.accounting import SlotUsage
+from quire.engine.branch import Branch
 from quire.engine.codec import (
     HEADER_BYTES,
     Abort,
     Add,
+    AskExplain,
     AskUsage,
     CodecError,
     Died,
     EngineCounts,
     EngineInfo,
+    Explained,
+    Fork,
+    Forked,
     Output,
     Ready,
+    Refusal,
     Report,
     Start,
     StartFailed,
@@ -42,6 +48,7 @@ from quire.engine.codec import (
     body_length,
     encode,
 )
+from quire.engine.explain import Explanation
 from quire.engine.input import Prompt
 from quire.errors import CapacityError, ConfigError, EngineDeadError, ModelError, QuireError, RequestError, WeightsError
 from quire.outputs import RequestOutput
@@ -120,6 +127,8 @@ class EngineClient:
         self._ids = itertools.count()
         self._added = 0  # requests sent to the present process
         self._progress_s = 0.0  # of the last step, or of the request that ended its idleness
+        self._forks: dict[str, asyncio.Future[Refusal | None]] = {}  # not answered yet, by their first branch
+        self._questions: dict[int, asyncio.Future[Explanation | None]] = {}
         self._usage: SlotUsage | None = None
         self._usage_s = float("-inf")
         self._usage_waiter: asyncio.Future[None] | None = None
@@ -240,6 +249,10 @@ class EngineClient:
                     self._usage, self._usage_s = usage, self._clock()
                     if self._usage_waiter is not None and not self._usage_waiter.done():
                         self._usage_waiter.set_result(None)
+                case Forked(branch_id=branch_id, refusal=refusal):
+                    _answer(self._forks.pop(branch_id, None), refusal)
+                case Explained(number=number, explanation=explanation):
+                    _answer(self._questions.pop(number, None), explanation)
                 case Died(message=text):
                     return text
                 case _:
@@ -265,14 +278,20 @@ class EngineClient:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        client: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yields the request's outputs as its `output_kind` says, the last with finished=True.
+        """Yields the request's outputs as its `output_kind` says, the last with finished=True. `client`: whose it is.
 
         Leaving the loop early, or cancelling its task, aborts the request. Raises RequestError if the request is wrong,
         EngineDeadError if the engine is not there or stops.
         """
         request_id = request_id or f"request-{next(self._ids)}"
-        stream = self._add(request_id, prompt, sampling_params or SamplingParams(), priority)
+        stream = self._add(request_id, prompt, sampling_params or SamplingParams(), priority, client)
+        async for output in self._outputs(request_id, stream):
+            yield output
+
+    async def _outputs(self, request_id: str, stream: _Stream) -> AsyncGenerator[RequestOutput, None]:
+        """The items of a stream, up to the request's end; whoever stops before that ends the request."""
         try:
             while True:
                 if not stream.items.empty():
@@ -284,15 +303,9 @@ class EngineClient:
                 if item.finished:
                     return
         finally:
-            if self._streams.get(request_id) is stream:
-                del self._streams[request_id]
-                self._send(Abort(request_id))
+            self._drop(request_id, stream)
 
-    def _add(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> _Stream:
-        if self._health is not Health.OK:
-            raise EngineDeadError(f"the engine is {self._health.value}: try again later")
-        if request_id in self._streams:
-            raise RequestError(f"request id {request_id!r} is in use", param="request_id")
+    def _add(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int, client: str) -> _Stream:
         given = (
             prompt
             if isinstance(prompt, Mapping)
@@ -302,18 +315,71 @@ class EngineClient:
         # the engine's process would take anything of another type for a broken stream
         if not (isinstance(params, SamplingParams) and isinstance(priority, int) and isinstance(salt, str | None)):
             raise RequestError("parameters are SamplingParams, priority is an integer, cache_salt a string")
-        try:
-            frame = encode(Add(request_id, content, params, priority, salt))
-        except (UnicodeEncodeError, OverflowError) as error:
-            raise RequestError(f"the request cannot be written down: {error}", param="prompt") from error
         stream = _Stream(content, None) if isinstance(content, str) else _Stream(None, content)
+        self._send_new(Add(request_id, content, params, priority, salt, client), {request_id: stream})
+        return stream
+
+    def _send_new(self, message: Add | Fork, streams: Mapping[str, _Stream]) -> None:
+        """Sends what begins the requests of `streams`. Raises RequestError or EngineDeadError, with nothing sent."""
+        if self._health is not Health.OK:
+            raise EngineDeadError(f"the engine is {self._health.value}: try again later")
+        for request_id in streams:
+            if request_id in self._streams:
+                raise RequestError(f"request id {request_id!r} is in use", param="request_id")
+        try:
+            frame = encode(message)
+        except (UnicodeEncodeError, OverflowError, TypeError) as error:
+            param = "prompt" if isinstance(message, Add) else "append"
+            raise RequestError(f"the request cannot be written down: {error}", param=param) from error
         if not self._streams:
             self._progress_s = self._clock()
-        self._streams[request_id] = stream
-        self._added += 1
+        self._streams.update(streams)
+        self._added += len(streams)
         assert self._writer is not None
         self._writer.write(frame)
-        return stream
+
+    async def fork(
+        self,
+        request_id: str,
+        n: int = 1,
+        *,
+        append_tokens: str | Sequence[int] | None = None,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        index: int = 0,
+        branch_ids: Sequence[str] | None = None,
+        client: str | None = None,
+    ) -> list[Branch]:
+        """Branches of a request that runs: parameters and errors as `AsyncEngine.fork`, and EngineDeadError.
+
+        When it raises, or is cancelled, no branch runs.
+        """
+        ids = list(branch_ids) if branch_ids is not None else [f"{request_id}-{next(self._ids)}" for _ in range(n)]
+        if not ids or len(set(ids)) < len(ids):
+            raise RequestError(f"n must be at least 1, and ids differ: {ids}", param="n")
+        append = append_tokens if isinstance(append_tokens, str | None) else _token_ids(append_tokens, "append")
+        params = sampling_params if isinstance(sampling_params, SamplingParams) else None
+        changes = {} if params is not None else dict(sampling_params or {})  # type: ignore[arg-type]
+        streams = {branch_id: _Stream(None, None) for branch_id in ids}
+        self._send_new(Fork(request_id, ids, append, params, changes, index, client), streams)
+        answer = self._forks[ids[0]] = asyncio.get_running_loop().create_future()
+        is_done = False
+        try:
+            refusal = await answer
+            if refusal is not None:
+                raise RequestError(refusal.message, param=refusal.param)
+            is_done = True
+        finally:
+            self._forks.pop(ids[0], None)
+            if not is_done:
+                for branch_id, stream in streams.items():
+                    self._drop(branch_id, stream)
+        return [Branch(branch_id, self, self._outputs(branch_id, stream)) for branch_id, stream in streams.items()]
+
+    def _drop(self, request_id: str, stream: _Stream) -> None:
+        """Nobody reads this stream any more: its request is to end, if it has not."""
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+            self._send(Abort(request_id))
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request: its stream gets a last output that says "abort". False if it isn't there."""
@@ -328,6 +394,11 @@ class EngineClient:
         for request_id, stream in streams.items():
             self._send(Abort(request_id))
             stream.items.put_nowait(EngineDeadError(why))
+        waiting: list[asyncio.Future[Any]] = [*self._forks.values(), *self._questions.values()]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(EngineDeadError(why))
+        self._forks, self._questions = {}, {}
         if self._usage_waiter is not None and not self._usage_waiter.done():
             self._usage_waiter.set_result(None)
 
@@ -372,6 +443,28 @@ class EngineClient:
             await asyncio.wait({self._usage_waiter}, timeout=USAGE_WAIT_S)
         return self._usage
 
+    async def explain(
+        self, request_id: str, client: str | None = None, *, with_others: bool = True
+    ) -> Explanation | None:
+        """Why a request took its time (see `Engine.explain`); None for one that is not here, or not this client's.
+
+        Without `with_others` it does not tell what is in others' prompts. Raises EngineDeadError.
+        """
+        if self._health is not Health.OK:
+            raise EngineDeadError(f"the engine is {self._health.value}: try again later")
+        number = next(self._ids)
+        answer = self._questions[number] = asyncio.get_running_loop().create_future()
+        self._send(AskExplain(number, request_id, client, with_others))
+        try:
+            return await answer
+        finally:
+            self._questions.pop(number, None)
+
+
+def _answer(future: asyncio.Future[Any] | None, value: object) -> None:
+    if future is not None and not future.done():
+        future.set_result(value)
+
 
 def _content(given: Mapping[str, Any]) -> str | list[int]:
     """The text or the token ids of a prompt dictionary."""
@@ -381,10 +474,14 @@ def _content(given: Mapping[str, Any]) -> str | list[int]:
     ids, text = given.get("prompt_token_ids"), given.get("prompt")
     if ids is None and isinstance(text, str):
         return text
+    return _token_ids(ids or (), "prompt")
+
+
+def _token_ids(ids: Any, param: str) -> list[int]:
     try:
-        return [operator.index(token_id) for token_id in ids or ()]
+        return [operator.index(token_id) for token_id in ids]
     except TypeError as error:
-        raise RequestError("a prompt is a text or a list of token ids", param="prompt") from error
+        raise RequestError(f"{param}: it is a text or a list of token ids", param=param) from error
 
 
 def _exit_text(status: int | None) -> str:

@@ -9,7 +9,7 @@ Does not know sockets or who sends what when.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -37,6 +37,22 @@ class Add(msgspec.Struct, tag=True, frozen=True):
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    client: str = ""
+
+
+class Fork(msgspec.Struct, tag=True, frozen=True):
+    """Branches of a request that runs, by `Engine.fork`. Answered by `Forked`, before any of their outputs.
+
+    `changes` are of the parent's parameters, by their names; an output kind by its value.
+    """
+
+    request_id: str
+    branch_ids: Annotated[list[str], msgspec.Meta(min_length=1)]
+    append: str | list[int] | None = None
+    params: SamplingParams | None = None
+    changes: dict[str, Any] = {}
+    index: int = 0
+    client: str | None = None
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -49,11 +65,23 @@ class AskUsage(msgspec.Struct, tag=True, frozen=True):
     """Where is every slot of KV memory? Answered by `Usage`."""
 
 
+class AskExplain(msgspec.Struct, tag=True, frozen=True):
+    """Why did a request of this client's (None: anybody's) take its time? Answered by `Explained`, with the same number.
+
+    Without `with_others`, the answer does not tell what is in other prompts.
+    """
+
+    number: int
+    request_id: str
+    client: str | None = None
+    with_others: bool = True
+
+
 class Stop(msgspec.Struct, tag=True, frozen=True):
     """End now; what still runs is lost."""
 
 
-ToEngine = Start | Add | Abort | AskUsage | Stop
+ToEngine = Start | Add | Fork | Abort | AskUsage | AskExplain | Stop
 
 
 # -- from the engine ---------------------------------------------------------------------------------------------------------
@@ -89,14 +117,14 @@ class EngineCounts(msgspec.Struct, array_like=True, frozen=True):
     added: int = 0  # requests taken from the socket, refused ones too
     steps: int = 0
     tokens: int = 0
-    recompute_preemptions: int = 0
-    swap_preemptions: int = 0
+    preemptions: list[tuple[str, str, str, int]] = []  # (what was done, cause, reason, how often)
     recomputed_tokens: int = 0
     swapped_in_blocks: int = 0
     swapped_out_blocks: int = 0
     copied_blocks: int = 0
     prefix_queries: int = 0  # tokens
     prefix_hits: int = 0  # tokens
+    forked: int = 0  # requests that are branches of others
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -142,13 +170,27 @@ class Usage(msgspec.Struct, tag=True, frozen=True):
     usage: SlotUsage
 
 
+class Forked(msgspec.Struct, tag=True, frozen=True):
+    """The branches of a `Fork`, whose first has this id, run; or else there is a refusal, and none of them does."""
+
+    branch_id: str
+    refusal: Refusal | None = None
+
+
+class Explained(msgspec.Struct, tag=True, frozen=True):
+    """`explanation` is plain data; None if there is no such request."""
+
+    number: int
+    explanation: dict[str, Any] | None
+
+
 class Died(msgspec.Struct, tag=True, frozen=True):
     """The last message of an engine that a mistake has ended."""
 
     message: str
 
 
-FromEngine = Ready | StartFailed | Report | Usage | Died
+FromEngine = Ready | StartFailed | Report | Usage | Forked | Explained | Died
 
 
 # -- frames ------------------------------------------------------------------------------------------------------------------

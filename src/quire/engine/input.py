@@ -6,13 +6,17 @@ Does not know whether there is room for it: the scheduler does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from quire.config import EngineConfig
+from quire.core.beam import Beam
 from quire.core.sequence import RequestGroup
+from quire.core.sequence import Sequence as TokenSequence
+from quire.engine.detokenizer import text_stream
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.model_config import ModelConfig
@@ -53,7 +57,15 @@ class InputProcessor:
         self._num_seeds = 0
 
     def process(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int, arrival_s: float
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int,
+        arrival_s: float,
+        client: str = "",
+        source: TokenSequence | None = None,
     ) -> tuple[RequestGroup, str | None]:
         """The group, and the prompt's text if that was given. Raises RequestError for anything that is wrong with either."""
         if not isinstance(params, SamplingParams):
@@ -81,6 +93,8 @@ class InputProcessor:
             raise RequestError(f"{name} needs a tokenizer, and skip_tokenizer_init left it out", param=name)
         if params.stop_strings and not params.detokenize:
             raise RequestError("stop strings are found in the text: detokenize=False leaves none", param="stop")
+        if params.num_sequences > params.n and not params.use_beam_search and params.logprobs is None:
+            params = replace(params, logprobs=0)  # the best are chosen by it
         bad_words = self._tokenizer.encode_bad_words(params.bad_words) if params.bad_words and self._tokenizer else []
         group = RequestGroup(
             request_id=request_id,
@@ -89,11 +103,48 @@ class InputProcessor:
             seed=self._next_seed() if params.seed is None else params.seed,
             arrival_s=arrival_s,
             priority=priority,
+            client=client,
+            source=source,
+            find_stop_string=self._stop_finder(params, token_ids)
+            if params.use_beam_search and params.stop_strings
+            else None,
             stop_token_ids=() if params.ignore_eos else self._end_tokens(),
             bad_words_token_ids=tuple(map(tuple, bad_words)),
             cache_salt=salt,
         )
         return group, text
+
+    def _stop_finder(self, params: SamplingParams, prompt: np.ndarray) -> Callable[[Beam, int], str | None]:
+        """Finds the stop string that a token completes, in the text that the caller will get; of several the one that ends
+        first, the longest if they end together."""
+        tokenizer, stops = self._tokenizer, params.stop_strings
+        assert tokenizer is not None
+        # nearly every token adds a character; those that add none are few in a row
+        reach = max(map(len, stops)) + 16
+        last_of_prompt = prompt[-16:].tolist()
+
+        def find(beam: Beam, token: int) -> str | None:
+            token_ids = beam.token_ids(last=reach)
+            stream = text_stream(tokenizer, last_of_prompt, params.skip_special_tokens)
+            before = "".join(map(stream.push, token_ids))
+            text = before + stream.push(token)
+            if len(text) == len(before):  # half a character
+                return None
+            starts = {stop: text.find(stop, max(len(before) - len(stop) + 1, 0)) for stop in stops}
+            found = [(start + len(stop), start, stop) for stop, start in starts.items() if start >= 0]
+            return min(found)[2] if found else None
+
+        return find
+
+    def read_appended(self, append: str | Sequence[int] | None) -> list[int]:
+        """Tokens of what a branch goes on with: a text, or token ids."""
+        if append is None or len(append) == 0:
+            return []
+        if isinstance(append, str):
+            if self._tokenizer is None:
+                raise RequestError("a text to append needs a tokenizer: pass token ids", param="append")
+            return self._tokenizer.encode_appended(append)
+        return self._check_ids(append).tolist()
 
     def _read(self, prompt: Prompt) -> tuple[str | None, np.ndarray, str | None]:
         salt = None

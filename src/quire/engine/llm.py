@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -13,8 +14,8 @@ from quire.engine.input import Prompt, as_prompts
 from quire.engine.progress import GenerationProgress
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
-from quire.outputs import RequestOutput
-from quire.sampling_params import RequestOutputKind, SamplingParams, recommended_sampling
+from quire.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, RequestOutput
+from quire.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams, recommended_sampling
 
 ParamsLike = SamplingParams | Sequence[SamplingParams] | None
 
@@ -111,6 +112,37 @@ class LLM:
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: BeamSearchParams,
+        use_tqdm: bool = False,
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of each prompt, best first: `params.n` of them, or `params.beam_width`. Fewer where
+        what the request bans leaves fewer; where it leaves none, one that ends in "error" and scores -inf.
+
+        Raises RequestError, before anything runs, if a prompt is wrong or cannot fit.
+        """
+        results = self.generate(prompts, params.sampling_params(), use_tqdm)
+        return [
+            BeamSearchOutput([self._as_beam(result, completion) for completion in result.outputs]) for result in results
+        ]
+
+    def _as_beam(self, result: RequestOutput, completion: CompletionOutput) -> BeamSearchSequence:
+        prompt = list(result.prompt_token_ids or ())
+        before = result.prompt
+        if before is None and self.engine.tokenizer is not None:
+            before = self.engine.tokenizer.decode(prompt)
+        return BeamSearchSequence(
+            tokens=prompt + list(completion.token_ids),
+            cum_logprob=-math.inf if completion.cumulative_logprob is None else completion.cumulative_logprob,
+            score=-math.inf if completion.beam_score is None else completion.beam_score,
+            text=None if before is None else before + completion.text,
+            logprobs=completion.logprobs,
+            finish_reason=completion.finish_reason,
+            stop_reason=completion.stop_reason,
+        )
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends, over `SamplingParams()`."""

@@ -14,16 +14,19 @@ import sys
 import time
 from collections.abc import Callable
 
-from quire.core.preemption import Preemption
 from quire.core.step import Direction
 from quire.engine.codec import (
     HEADER_BYTES,
     Abort,
     Add,
+    AskExplain,
     AskUsage,
     Died,
     EngineCounts,
     EngineInfo,
+    Explained,
+    Fork,
+    Forked,
     FromEngine,
     Output,
     Ready,
@@ -38,9 +41,10 @@ from quire.engine.codec import (
     engine_side,
 )
 from quire.engine.engine import Engine
+from quire.engine.explain import Explanation, without_others
 from quire.errors import QuireError, RequestError
 from quire.outputs import RequestOutput
-from quire.sampling_params import recommended_sampling
+from quire.sampling_params import RequestOutputKind, recommended_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +107,7 @@ class EngineProcess:
         self._open: set[str] = set()
         self._refusals: list[Refusal] = []
         self._num_added = 0
+        self._num_forked = 0
         self._told_s = float("-inf")
 
     def run(self) -> None:
@@ -121,10 +126,14 @@ class EngineProcess:
             match message:
                 case Add():
                     self._add(message)
+                case Fork():
+                    self._channel.send(self._fork(message))
                 case Abort():
                     self._engine.abort(message.request_id)
                 case AskUsage():
                     self._channel.send(Usage(self._engine.slot_usage()))
+                case AskExplain():
+                    self._channel.send(Explained(message.number, self._explain(message)))
                 case _:
                     return False
         return messages is not None
@@ -134,12 +143,41 @@ class EngineProcess:
         key = "prompt" if isinstance(message.prompt, str) else "prompt_token_ids"
         prompt = {key: message.prompt, "cache_salt": message.cache_salt}
         try:
-            self._engine.add_request(message.request_id, prompt, message.params, priority=message.priority)
+            self._engine.add_request(
+                message.request_id, prompt, message.params, priority=message.priority, client=message.client
+            )
         except RequestError as error:
             self._refusals.append(Refusal(message.request_id, str(error), error.param))
         else:
             self._open.add(message.request_id)
             self._untold[message.request_id] = isinstance(message.prompt, str)
+
+    def _fork(self, message: Fork) -> Forked:
+        self._num_added += len(message.branch_ids)
+        changes = dict(message.changes)
+        try:
+            if "output_kind" in changes:
+                changes["output_kind"] = RequestOutputKind(changes["output_kind"])
+            self._engine.fork(
+                message.request_id,
+                message.branch_ids,
+                append=message.append,
+                params=message.params or changes,
+                index=message.index,
+                client=message.client,
+            )
+        except RequestError as error:
+            return Forked(message.branch_ids[0], Refusal(message.request_id, str(error), error.param))
+        self._num_forked += len(message.branch_ids)
+        self._open.update(message.branch_ids)
+        self._untold.update(dict.fromkeys(message.branch_ids, True))
+        return Forked(message.branch_ids[0])
+
+    def _explain(self, message: AskExplain) -> Explanation | None:
+        found = self._engine.explain(message.request_id)
+        if found is None or message.client not in (None, found["client"]):
+            return None
+        return found if message.with_others else without_others(found)
 
     # -- reports ---------------------------------------------------------------------------------------------------------
     def _tell(self, outputs: list[RequestOutput]) -> None:
@@ -176,14 +214,17 @@ class EngineProcess:
             added=self._num_added,
             steps=counts.steps,
             tokens=counts.tokens,
-            recompute_preemptions=counts.preemptions[Preemption.RECOMPUTE],
-            swap_preemptions=counts.preemptions[Preemption.SWAP],
+            preemptions=[
+                (way.value, cause.value, reason.value, count)
+                for (way, cause, reason), count in counts.preemptions.items()
+            ],
             recomputed_tokens=counts.recomputed_tokens,
             swapped_in_blocks=counts.swapped_blocks[Direction.IN],
             swapped_out_blocks=counts.swapped_blocks[Direction.OUT],
             copied_blocks=kv.num_copies,
             prefix_queries=kv.num_prefix_queries,
             prefix_hits=kv.num_prefix_hits,
+            forked=self._num_forked,
         )
 
 

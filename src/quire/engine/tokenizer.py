@@ -139,6 +139,20 @@ class Tokenizer:
         """`token_bytes` as text for people, U+FFFD where it is part of a character."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def encode_appended(self, text: str) -> list[int]:
+        """Token ids of a text that goes on another one: without the space that some tokenizers put before every text.
+
+        With Llama 2's, "ing" alone is "▁ing"; behind an anchor it is "ing".
+        """
+        expected, alone = text.encode("utf-8", "surrogatepass"), self.encode(text, add_special_tokens=False)
+        for anchor in ("", "\n", ".", "a"):
+            before = self.encode(anchor, add_special_tokens=False)
+            both = self.encode(anchor + text, add_special_tokens=False)
+            behind = both[len(before) :]
+            if both[: len(before)] == before and b"".join(map(self.token_bytes, behind)) == expected:
+                return behind
+        return alone  # not written as it is: normalized, say
+
     def encode_bad_words(self, bad_words: Sequence[str]) -> list[list[int]]:
         """Token ids of each word, at the start of a text and, where that differs by the first token only, after a space
         (as vLLM does)."""
@@ -192,7 +206,7 @@ class Tokenizer:
         if not messages:
             raise RequestError("messages must hold at least one message", param="messages")
         plain = [_plain_message(message) for message in messages]
-        template = self._template(self._choose_template(chat_template, tools))
+        template = self._template(self.chat_template_text(chat_template, with_tools=bool(tools)))
         variables = {
             **self.special_tokens,
             "messages": plain,
@@ -215,10 +229,11 @@ class Tokenizer:
             raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from error
         return _cut_after_last(text, plain[-1].get("content")) if continue_final_message else text
 
-    def _choose_template(self, wanted: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
+    def chat_template_text(self, wanted: str | None = None, *, with_tools: bool = False) -> str:
+        """The template that `apply_chat_template` uses: `wanted`, the one of that name, or the model's. Raises ModelError."""
         if wanted is not None:
             return self.chat_templates.get(wanted, wanted)
-        name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
+        name = "tool_use" if with_tools and "tool_use" in self.chat_templates else "default"
         if name not in self.chat_templates:
             raise ModelError(
                 f"this model has no chat template named {name!r} (it has: {sorted(self.chat_templates) or 'none'}); give "

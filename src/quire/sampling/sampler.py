@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from quire.sampling.logprobs import LogprobsTensors, RowLogprobs, gather_logprob
 from quire.sampling.penalties import apply_allowed, apply_counts, apply_edits, apply_repetition
 from quire.sampling.random import uniform
 from quire.sampling.state import Column, SamplingState, Use
+from quire.sampling.transfer import ToHost, to_device
 
 _OK, _NOT_FINITE, _NONE_ALLOWED = 0, 1, 2
 _MESSAGES = {
@@ -36,18 +38,44 @@ _MESSAGES = {
 
 @dataclass
 class SamplerOutput:
-    """token_ids_M: int64, on the device; 0 for an entry in error. `errors` and `logprobs` wait for the device when read."""
+    """token_ids_M: int64, on the device; 0 for an entry in error.
+
+    `host_token_ids`, `errors` and `logprobs` wait for the device when read: for `send`'s copy alone if that was called, else
+    for all that was launched by then.
+    """
 
     token_ids_M: Tensor
     _codes_M: Tensor
     _logprobs: LogprobsTensors | None = None
     _logprobs_entries: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     _num_logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    _sent: ToHost | None = None
+    _sent_logprobs: ToHost | None = None
+
+    def send(self) -> None:
+        """Starts the copies to the host, without waiting for them."""
+        if self._sent is None:
+            self._sent = ToHost(torch.stack((self.token_ids_M, self._codes_M.to(self.token_ids_M.dtype))))
+        if self._logprobs is not None and self._sent_logprobs is None:
+            logprobs = self._logprobs
+            self._sent_logprobs = ToHost(logprobs.token_ids_NK1, logprobs.logprobs_NK1, logprobs.rank_N)
+
+    @cached_property
+    def _host_2M(self) -> np.ndarray:
+        """Tokens, then codes."""
+        self.send()
+        assert self._sent is not None
+        return self._sent.wait()[0].numpy()[:, : len(self.token_ids_M)]  # a graph's copy may be wider
+
+    @property
+    def host_token_ids(self) -> np.ndarray:
+        """token_ids_M as int32, on the host."""
+        return self._host_2M[0].astype(np.int32)
 
     @cached_property
     def errors(self) -> list[tuple[int, str]]:
         """(entry, message) of the entries that no token could be drawn for; the others are unharmed."""
-        codes_M = self._codes_M.cpu().numpy()
+        codes_M = self._host_2M[1]
         return [(int(i), _MESSAGES[int(codes_M[i])]) for i in np.flatnonzero(codes_M)]
 
     @cached_property
@@ -55,15 +83,79 @@ class SamplerOutput:
         """For each entry that asked for k: k + 1 tokens, the drawn one first. None where no entry asked."""
         if self._logprobs is None:
             return None
-        host = self._logprobs.to_host()
+        self.send()
+        assert self._sent_logprobs is not None
+        host = LogprobsTensors(*self._sent_logprobs.wait()).to_host()
         rows: list[RowLogprobs | None] = [None] * len(self.token_ids_M)
         for n, (i, k) in enumerate(zip(self._logprobs_entries, self._num_logprobs)):
             rows[i] = RowLogprobs(*(of_all[n, : k + 1] for of_all in host))
         return rows
 
 
+class Chooser(Protocol):
+    """What of sampling has kernels of its own on a GPU. `name` tells whose they are."""
+
+    name: str
+
+    def choose(
+        self,
+        logits_MV: Tensor,
+        state: SamplingState,
+        rows_M: np.ndarray,
+        positions_M: np.ndarray,
+        uses_M: np.ndarray,
+    ) -> tuple[Tensor, Tensor]:
+        """Greedy or random choice from logits after all edits: token_ids_M (int64, 0 where in error), codes_M (int8)."""
+        ...
+
+    def logprobs(self, logits_NV: Tensor, chosen_N: Tensor, k: int) -> LogprobsTensors:
+        """`gather_logprobs`."""
+        ...
+
+
+class TorchChooser:
+    """The choice in plain torch, on any device."""
+
+    name = "torch"
+
+    def choose(
+        self,
+        logits_MV: Tensor,
+        state: SamplingState,
+        rows_M: np.ndarray,
+        positions_M: np.ndarray,
+        uses_M: np.ndarray,
+    ) -> tuple[Tensor, Tensor]:
+        random, greedy = _entries(uses_M, Use.RANDOM), np.flatnonzero(uses_M & Use.RANDOM == 0)
+        token_ids_M = torch.zeros(len(rows_M), dtype=torch.int64, device=state.device)
+        codes_M = torch.zeros(len(rows_M), dtype=torch.int8, device=state.device)
+        for entries, choose in ((greedy, _choose_greedy), (random, _choose_random)):
+            if len(entries):
+                whole = len(entries) == len(rows_M)
+                index_P = None if whole else torch.from_numpy(entries).to(state.device)
+                chosen_MV = logits_MV if index_P is None else logits_MV.index_select(0, index_P)
+                token_ids_P, finite_P = choose(chosen_MV, state, rows_M[entries], positions_M[entries], uses_M[entries])
+                codes_P = torch.where(finite_P, _OK, _NOT_FINITE).to(torch.int8)
+                token_ids_P = token_ids_P.masked_fill(~finite_P, 0)
+                if index_P is None:
+                    token_ids_M, codes_M = token_ids_P, codes_P
+                else:
+                    token_ids_M[index_P], codes_M[index_P] = token_ids_P, codes_P
+        return token_ids_M, codes_M
+
+    def logprobs(self, logits_NV: Tensor, chosen_N: Tensor, k: int) -> LogprobsTensors:
+        return gather_logprobs(logits_NV, chosen_N, k)
+
+
 class Sampler:
-    """Stateless; an object so that one with other kernels can take its place."""
+    """Keeps nothing but its chooser."""
+
+    def __init__(self, chooser: Chooser | None = None) -> None:
+        self._chooser = chooser or TorchChooser()
+
+    @property
+    def name(self) -> str:
+        return self._chooser.name
 
     @torch.inference_mode()
     def sample(
@@ -86,32 +178,18 @@ class Sampler:
         edited_MV = logits_MV
         if used & (Use.REPETITION | Use.COUNTS | Use.EDIT | Use.ALLOWED):
             edited_MV = logits_MV.clone()
-            _edit(edited_MV, state, rows_M, positions_M, token_ids_RL, uses_M)
+            edit_logits(edited_MV, state, rows_M, positions_M, token_ids_RL, uses_M)
 
-        random, greedy = _entries(uses_M, Use.RANDOM), np.flatnonzero(uses_M & Use.RANDOM == 0)
-        token_ids_M = torch.zeros(len(rows_M), dtype=torch.int64, device=state.device)
-        codes_M = torch.zeros(len(rows_M), dtype=torch.int8, device=state.device)
-        for entries, choose in ((greedy, _choose_greedy), (random, _choose_random)):
-            if len(entries):
-                whole = len(entries) == len(rows_M)
-                index_P = None if whole else torch.from_numpy(entries).to(state.device)
-                chosen_MV = edited_MV if index_P is None else edited_MV.index_select(0, index_P)
-                token_ids_P, finite_P = choose(chosen_MV, state, rows_M[entries], positions_M[entries], uses_M[entries])
-                codes_P = torch.where(finite_P, _OK, _NOT_FINITE).to(torch.int8)
-                token_ids_P = token_ids_P.masked_fill(~finite_P, 0)
-                if index_P is None:
-                    token_ids_M, codes_M = token_ids_P, codes_P
-                else:
-                    token_ids_M[index_P], codes_M[index_P] = token_ids_P, codes_P
+        token_ids_M, codes_M = self._chooser.choose(edited_MV, state, rows_M, positions_M, uses_M)
         if used & (Use.EDIT | Use.ALLOWED):
             codes_M = codes_M.masked_fill(edited_MV.amax(-1) == -torch.inf, _NONE_ALLOWED)
 
         output = SamplerOutput(token_ids_M, codes_M)
         if used & Use.LOGPROBS:
             entries = _entries(uses_M, Use.LOGPROBS)
-            index_P = torch.from_numpy(entries).to(state.device)
+            index_P = to_device(entries, state.device)
             output._logprobs_entries, output._num_logprobs = entries, state.num_logprobs_R[rows_M[entries]]
-            output._logprobs = gather_logprobs(
+            output._logprobs = self._chooser.logprobs(
                 logits_MV.index_select(0, index_P), token_ids_M[index_P], int(output._num_logprobs.max())
             )
         return output
@@ -121,7 +199,7 @@ def _entries(uses_M: np.ndarray, use: Use) -> np.ndarray:
     return np.flatnonzero(uses_M & use)
 
 
-def _edit(
+def edit_logits(
     logits_MV: Tensor,
     state: SamplingState,
     rows_M: np.ndarray,
@@ -138,7 +216,7 @@ def _edit(
         if not len(entries := _entries(uses_M, use)):
             continue
         index_P, rows_P, position_P = (
-            torch.from_numpy(np.asarray(of_entry, np.int64)).to(state.device)
+            to_device(np.asarray(of_entry, np.int64), state.device)
             for of_entry in (entries, rows_M[entries], positions_M[entries])
         )
         known = int(positions_M[entries].max())

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.sampling.transfer import to_device
 from quire.sampling_params import SamplingParams
 
 
@@ -91,6 +92,8 @@ class SamplingState:
         self.branch_R = np.zeros(max_num_seqs, np.uint64)
         self.prompt_len_R = np.zeros(max_num_seqs, np.int64)
         self.num_logprobs_R = np.full(max_num_seqs, -1, np.int64)  # -1: none asked
+        self.num_candidates_R = np.zeros(max_num_seqs, np.int64)  # above 0: a beam
+        self.beam_uses_R = np.zeros(max_num_seqs, np.int32)
         self.extras: list[RowExtras] = [_NO_EXTRAS] * max_num_seqs
 
     def set_row(
@@ -111,19 +114,17 @@ class SamplingState:
         greedy = params.is_greedy
         top_k = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
         truncates = top_k < self.vocab_size or params.top_p < 1.0 or params.min_p > 0.0
-        self.params_RC[row] = torch.tensor(
-            [
-                1.0 if greedy else 1.0 / params.temperature,
-                top_k,
-                params.top_p,
-                params.min_p,
-                params.repetition_penalty,
-                params.frequency_penalty,
-                params.presence_penalty,
-                prompt_len,
-            ],
-            dtype=torch.float32,
-        ).to(self.device)
+        of_row = [
+            1.0 if greedy else 1.0 / params.temperature,
+            top_k,
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
+            prompt_len,
+        ]
+        self.params_RC[row] = to_device(np.array(of_row, np.float32), self.device)
         self.seed_R[row] = seed & 0xFFFFFFFFFFFFFFFF
         self.branch_R[row] = branch
         self.prompt_len_R[row] = prompt_len
@@ -143,10 +144,17 @@ class SamplingState:
             | Use.LOGPROBS * (params.logprobs is not None)
         )
 
+    def set_beam(self, row: int, num_candidates: int) -> None:
+        """After `set_row`: the row is a beam that gives so many candidates and draws nothing; with 0 it is not."""
+        self.num_candidates_R[row] = num_candidates
+        if num_candidates:
+            self.beam_uses_R[row], self.uses_R[row] = self.uses_R[row], 0
+
     def clear_row(self, row: int) -> None:
         """Forget the sequence in `row`, so that its tensors can be freed. The row may be set again at once."""
         self.uses_R[row] = 0
         self.num_logprobs_R[row] = -1
+        self.num_candidates_R[row] = 0
         self.extras[row] = _NO_EXTRAS
 
     def _extras(

@@ -1,0 +1,44 @@
+"""The chooser for GPUs: `quire.kernels.triton.sampling` behind the two methods that `Sampler` calls.
+
+Loads Triton, so it is imported where the device is a GPU. Does not know masks and penalties.
+
+Shape legend: M = entries, V = vocabulary, N = entries with log probabilities.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.kernels.triton import sampling as kernels
+from quire.sampling.logprobs import LogprobsTensors
+from quire.sampling.state import SamplingState, Use
+from quire.sampling.transfer import to_device
+
+
+def entry_words(state: SamplingState, rows_M: np.ndarray, positions_M: np.ndarray, uses_M: np.ndarray) -> np.ndarray:
+    """What the kernels have to know of each entry, int32 [M, kernels.WORDS]: the parameters they find by its row."""
+    flags_M = kernels.RANDOM * (uses_M & Use.RANDOM != 0) + kernels.TRUNCATE * (uses_M & Use.TRUNCATE != 0)
+    return kernels.entry_words(rows_M, positions_M, state.seed_R[rows_M], state.branch_R[rows_M], flags_M)
+
+
+class TritonChooser:
+    """`sampler.TorchChooser` on a GPU; logits of any float dtype."""
+
+    name = "triton"
+
+    def choose(
+        self,
+        logits_MV: Tensor,
+        state: SamplingState,
+        rows_M: np.ndarray,
+        positions_M: np.ndarray,
+        uses_M: np.ndarray,
+    ) -> tuple[Tensor, Tensor]:
+        words_M8 = to_device(entry_words(state, rows_M, positions_M, uses_M), state.device)
+        result_2M = torch.empty((2, len(rows_M)), dtype=torch.int32, device=state.device)
+        truncated = bool(np.any(uses_M & Use.TRUNCATE))
+        kernels.choose_tokens(logits_MV, words_M8, state.params_RC, result_2M, truncated=truncated)
+        return result_2M[0].long(), result_2M[1].to(torch.int8)
+
+    def logprobs(self, logits_NV: Tensor, chosen_N: Tensor, k: int) -> LogprobsTensors:
+        return LogprobsTensors(*kernels.logprobs(logits_NV, chosen_N, k))
