@@ -9,6 +9,7 @@ slots of a block), B blocks. The cache's layout is in `quire.kernels`.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +64,9 @@ class AttentionBatch:
     block_size: int
     max_query_len: int
     max_seq_len: int
+    query_start_loc_host_S1: np.ndarray | None = None
+    """The same numbers on the host, of any integer type, for backends that plan there; None: they wait for the device's."""
+    seq_lens_host_S: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""`quire bench throughput`: a list of requests given at once; tokens a second until the last answer is complete."""
+"""`quire bench throughput`: a list of requests given at once; tokens a second until the last answer is complete.
+
+Steps are counted by the way they ran (graphs of decoding steps, graphs of mixed ones, eager), with their mean time by the
+device's clock, and what a step costs the host beside waiting, most of it while the device works. All in the last run.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from quire.bench.decode import Waiting
 from quire.bench.report import add_report_arguments, report
 from quire.bench.shapes import SHAPES, write_shape
 from quire.bench.workload import Lengths, draw_lengths, draw_prompts, read_lengths
@@ -50,7 +55,10 @@ def run(args: argparse.Namespace) -> int:
         if args.max_model_len is None:
             options["max_model_len"] = max(prompt + output for prompt, output in lengths)
         config = engine_config_from(args, **options)
-        runners = {"quire": _quire(config, lengths, args.temperature)}
+        began = time.perf_counter()
+        quire = QuireRuns(config, lengths, args.temperature)
+        start_s = time.perf_counter() - began
+        runners: dict[str, Callable[[], float]] = {"quire": quire.once}
         if args.peer:
             runners["transformers"] = _transformers(config, lengths, args.temperature, args.peer_batch_size)
         seconds: dict[str, list[float]] = {name: [] for name in runners}
@@ -73,30 +81,94 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     title = f"{args.shape or args.model}: {len(lengths)} requests, {num_in:,} tokens in, {num_out:,} out"
-    report(args, title, rows, dtype=config.dtype, temperature=args.temperature)
+    facts = {"dtype": config.dtype, "temperature": args.temperature, "start s": start_s}
+    steps = quire.steps.rows()
+    report(args, title, rows, data={"steps": steps}, **facts, **{"host ms/step": quire.steps.host_ms})
+    if args.json != "-":
+        args.json = None
+        report(args, "steps by the way they ran, last run", steps)
     return 0
 
 
-def _quire(config: EngineConfig, lengths: list[Lengths], temperature: float) -> Callable[[], float]:
-    from quire.engine.llm import LLM
-    from quire.sampling_params import SamplingParams
+class StepTimes:
+    """Watches an engine's steps from when it is made: how many ran which way, their tokens, and how long they took."""
 
-    llm = LLM.from_config(config)
-    params = [SamplingParams(temperature=temperature, max_tokens=output, ignore_eos=True) for _, output in lengths]
-    vocab_size = llm.engine.model.vocab_size
-    prompts = draw_prompts(lengths, vocab_size)
-    warm_up = SamplingParams(temperature=temperature, max_tokens=4, ignore_eos=True)
-    llm.generate([prompts[0], prompts[-1]], warm_up, use_tqdm=False)
+    def __init__(self, engine: Any) -> None:
+        self._runner = engine.executor.worker.runner
+        self._submit = engine.executor.submit
+        self._step = engine.step
+        self._waiting = Waiting()
+        self.reset()
+        engine.executor.submit = self._watched_submit
+        engine.step = self._watched_step
 
-    def once() -> float:
-        llm.engine.kv.pool.drop_cache()
+    def reset(self) -> None:
+        self._found: dict[
+            str, list[tuple[float, float, int]]
+        ] = {}  # way -> (device's seconds, host's to launch, tokens)
+        self._num_steps, self._stepping_s, self._waiting.seconds = 0, 0.0, 0.0
+
+    def _watched_step(self) -> Any:
         began = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        elapsed = time.perf_counter() - began
-        assert [len(output.outputs[0].token_ids) for output in outputs] == [output for _, output in lengths]
-        return elapsed
+        with self._waiting:
+            outputs = self._step()
+        self._stepping_s += time.perf_counter() - began
+        self._num_steps += 1
+        return outputs
 
-    return once
+    def _watched_submit(self, step: Any) -> Any:
+        began = time.perf_counter()
+        future = self._submit(step)
+        launch_s = time.perf_counter() - began
+        found = self._found.setdefault(self._runner.way.value, [])
+        future.add_done_callback(lambda done: found.append((done.result().elapsed_s, launch_s, step.total_num_tokens)))
+        return future
+
+    @property
+    def host_ms(self) -> float:
+        """What a step costs the host beside waiting, planning and outputs included."""
+        return 1e3 * (self._stepping_s - self._waiting.seconds) / max(self._num_steps, 1)
+
+    def rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for way, times in self._found.items():
+            elapsed, launch, tokens = zip(*times)
+            rows.append(
+                {
+                    "way": way,
+                    "steps": len(times),
+                    "tokens/step": statistics.mean(tokens),
+                    "ms/step": 1e3 * statistics.mean(elapsed),
+                    "seconds": sum(elapsed),
+                    "launching ms/step": 1e3 * statistics.mean(launch),
+                }
+            )
+        return rows
+
+
+class QuireRuns:
+    """One engine; `once` gives the seconds that it takes for the list."""
+
+    def __init__(self, config: EngineConfig, lengths: list[Lengths], temperature: float) -> None:
+        from quire.engine.llm import LLM
+        from quire.sampling_params import SamplingParams
+
+        self._llm = LLM.from_config(config)
+        self._outputs = [output for _, output in lengths]
+        self._params = [SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True) for n in self._outputs]
+        self._prompts = draw_prompts(lengths, self._llm.engine.model.vocab_size)
+        warm_up = SamplingParams(temperature=temperature, max_tokens=4, ignore_eos=True)
+        self._llm.generate([self._prompts[0], self._prompts[-1]], warm_up, use_tqdm=False)
+        self.steps = StepTimes(self._llm.engine)
+
+    def once(self) -> float:
+        self._llm.engine.kv.pool.drop_cache()
+        self.steps.reset()
+        began = time.perf_counter()
+        outputs = self._llm.generate(self._prompts, self._params, use_tqdm=False)
+        elapsed = time.perf_counter() - began
+        assert [len(output.outputs[0].token_ids) for output in outputs] == self._outputs
+        return elapsed
 
 
 def _transformers(config: EngineConfig, lengths: list[Lengths], temperature: float, batch: int) -> Callable[[], float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from quire.config import DeviceReport, EngineConfig, MemoryReport
@@ -13,8 +13,28 @@ from quire.model_config import ModelConfig
 from quire.worker.worker import Worker
 
 
+class LaunchedStep(Future[StepOutput]):
+    """A step that runs on a GPU: `result` waits for it there, in the thread that asks."""
+
+    def __init__(self, finish: Callable[[], StepOutput]) -> None:
+        super().__init__()
+        self._finish = finish
+
+    def result(self, timeout: float | None = None) -> StepOutput:
+        if not self.done():
+            try:
+                self.set_result(self._finish())
+            except Exception as error:
+                self.set_exception(error)
+        return super().result(timeout)
+
+
 class UniprocExecutor(Executor):
-    """With one step in flight a step runs in `submit`; with more, in a thread beside the scheduler."""
+    """On a CPU with one step in flight a step runs in `submit`; with more, in a thread beside the scheduler.
+
+    On a GPU `submit` launches it. The device runs steps one after the other by itself, and a thread that launches would only
+    contend with the scheduler for the interpreter.
+    """
 
     def __init__(
         self,
@@ -25,9 +45,10 @@ class UniprocExecutor(Executor):
         max_model_len: int,
     ) -> None:
         self._worker: Worker | None = Worker(config, model, directory, groups, max_model_len)
-        self.max_steps_in_flight = config.max_steps_in_flight or 1
+        self._on_gpu = self._worker.device_report.device.startswith("cuda")
+        self.max_steps_in_flight = config.max_steps_in_flight or (2 if self._on_gpu else 1)
         self._thread: ThreadPoolExecutor | None = None
-        if self.max_steps_in_flight > 1:
+        if self.max_steps_in_flight > 1 and not self._on_gpu:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quire-worker")
 
     @property
@@ -50,6 +71,8 @@ class UniprocExecutor(Executor):
             return self._thread.submit(self._run, step)
         future: Future[StepOutput] = Future()
         try:
+            if self._on_gpu:
+                return LaunchedStep(self.worker.launch(step))
             future.set_result(self._run(step))
         except Exception as error:
             future.set_exception(error)

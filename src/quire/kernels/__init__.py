@@ -1,8 +1,9 @@
 """The operations that model layers and attention backends are built of, behind one interface: `Kernels`.
 
 An object of this kind is passed to layers when they are constructed; `select_kernels` makes one for a device. Each
-operation exists twice: in plain torch (`torch_ops.TorchKernels`, any device, the meaning of the operation) and, for CPUs, in
-C (`cpu.CpuKernels`). This package knows tensors only; it does not know models, schedulers or backends.
+operation exists in plain torch (`torch_ops.TorchKernels`, any device, the meaning of the operation), for CPUs in C
+(`cpu.CpuKernels`), and for GPUs in Triton (`triton.fused.TritonKernels`). This package knows tensors only; it does not know
+models, schedulers or backends.
 
 Letters of shapes: T tokens of the step, H hidden size, I intermediate size, N query heads, K key/value heads, D head
 size, P positions, R rotary size, S sequences, B blocks, L layers of the cache group.
@@ -22,19 +23,58 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 
-__all__ = ["Kernels", "select_kernels"]
+__all__ = ["FewTokenKernels", "Kernels", "select_kernels"]
 
 logger = logging.getLogger(__name__)
+
+
+class FewTokenKernels(Protocol):
+    """Linear layers fused with what stands beside them, for the few tokens of a step that only decodes a little.
+
+    Letters: H inputs, O outputs. Weights are contiguous, biases optional, all of x's dtype. norm is a norm's weights [H] and
+    eps: x is `Kernels.rms_norm`ed first. What is rounded in between is what the operations one by one round.
+    """
+
+    def takes(self, x_TH: Tensor) -> bool:
+        """Whether this is the way for x, by its device, dtype and number of tokens."""
+        ...
+
+    def linear(
+        self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None
+    ) -> Tensor:
+        """Returns x W^T + b, [T, O], new and contiguous."""
+        ...
+
+    def linear_silu_mul(
+        self,
+        x_TH: Tensor,
+        weight_O2H: Tensor,
+        bias_O2: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+    ) -> Tensor:
+        """Returns silu(gate) * up, [T, O], of [gate | up] = x W^T + b, W [2 O, H]: as `Kernels.silu_and_mul`."""
+        ...
+
+    def linear_add_(
+        self, x_TH: Tensor, weight_OH: Tensor, residual_TO: Tensor, bias_O: Tensor | None = None
+    ) -> None:  # fmt: skip
+        """Adds x W^T + b to residual (contiguous) in place."""
+        ...
 
 
 class Kernels(Protocol):
     """The operations; element types are fp32, bf16 or fp16, and arithmetic is in fp32.
 
-    Arguments of a wrong dtype, shape or layout raise TypeError or ValueError, indices out of range IndexError.
+    Arguments of a wrong dtype, shape or layout raise TypeError or ValueError, indices out of range IndexError (not on GPUs,
+    where the host does not see them).
     """
 
     name: str
-    """Which implementation this is: "torch" or "cpu"."""
+    """Which implementation this is: "torch", "cpu" or "triton"."""
+
+    few: FewTokenKernels | None
+    """Linear layers for few tokens, where there are faster ones than torch's."""
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         """Returns weight * x / sqrt(mean(x^2) + eps) as a new contiguous tensor of x's shape and dtype.
@@ -68,6 +108,28 @@ class Kernels(Protocol):
         slot = block * block_size + offset, int32 or int64; tokens whose slot is negative are skipped. k and v may be strided
         views with a contiguous last dimension; kv is one layer's view of the pool.
         """
+        ...
+
+    def norm_rotary_write(
+        self,
+        q_TND: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        kv_B2KSD: Tensor,
+        slots_T: Tensor,
+        *,
+        norm: tuple[Tensor, Tensor, float] | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """All that comes between the projections and attention: rms_norm of each head of q and k, rotary_, write_kv.
+
+        norm: weights of q and k ([D] each) and eps; rotary: cos_sin_PR and positions_T; None leaves the thing out. q changes
+        in place; whether k does is undefined, what counts is in the cache.
+        """
+        ...
+
+    def embed(self, ids_T: Tensor, table_VH: Tensor) -> Tensor:
+        """Returns rows ids[i] (int32 or int64) of a contiguous table [V, H]: [T, H], new and contiguous."""
         ...
 
     def copy_blocks(self, kv: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
@@ -107,17 +169,29 @@ class Kernels(Protocol):
         ...
 
 
-def select_kernels(device: torch.device | str = "cpu", prefer: Literal["auto", "torch", "cpu"] = "auto") -> Kernels:
-    """Makes the kernels for a device: C for CPUs if they can be compiled (else torch, with a warning), torch elsewhere.
+def select_kernels(
+    device: torch.device | str = "cpu", prefer: Literal["auto", "torch", "cpu", "triton"] = "auto"
+) -> Kernels:
+    """Makes the kernels for a device: C for CPUs, Triton for CUDA, torch elsewhere, or with a warning where those can't be had.
 
-    `prefer="cpu"` raises ConfigError where the C kernels can't be had; the result's `.name` tells what was chosen.
+    `prefer="cpu"` or "triton" raises ConfigError instead; the result's `.name` tells what was chosen.
     """
     from quire.kernels.cpu import BuildError, CpuKernels
     from quire.kernels.torch_ops import TorchKernels
 
-    if prefer not in ("auto", "torch", "cpu"):
-        raise ConfigError(f"kernels {prefer!r} are unknown: choose auto, torch or cpu")
-    on_cpu = torch.device(device).type == "cpu"
+    if prefer not in ("auto", "torch", "cpu", "triton"):
+        raise ConfigError(f"kernels {prefer!r} are unknown: choose auto, torch, cpu or triton")
+    kind = torch.device(device).type
+    on_cpu = kind == "cpu"
+    if prefer == "triton" or (prefer == "auto" and kind == "cuda"):
+        try:
+            from quire.kernels.triton.fused import TritonKernels
+        except ImportError as error:
+            if prefer == "triton":
+                raise ConfigError(f"the Triton kernels can't be had: {error}") from error
+            logger.warning("Triton unavailable, using slower torch kernels: %s", error)
+            return TorchKernels()
+        return TritonKernels()
     if prefer == "torch" or (prefer == "auto" and not on_cpu):
         return TorchKernels()
     if not on_cpu:

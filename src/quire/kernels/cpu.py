@@ -60,6 +60,7 @@ class CpuKernels:
     """`Kernels` in C. Construct by `CpuKernels.build()`."""
 
     name = "cpu"
+    few = None
 
     def __init__(self, library: ctypes.CDLL) -> None:
         for name, (result, arguments) in _SIGNATURES.items():
@@ -152,6 +153,30 @@ class CpuKernels:
         )  # fmt: skip
         if status:
             _raise(status)
+
+    def norm_rotary_write(
+        self,
+        q_TND: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        kv_B2KSD: Tensor,
+        slots_T: Tensor,
+        *,
+        norm: tuple[Tensor, Tensor, float] | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """One after the other: a call costs little here, and the cache between them is the CPU's."""
+        k = k_TKD.clone()
+        if norm is not None:
+            q_weight_D, k_weight_D, eps = norm
+            q_TND.copy_(self.rms_norm(q_TND, q_weight_D, eps))
+            k = self.rms_norm(k, k_weight_D, eps)
+        if rotary is not None:
+            self.rotary_(q_TND, k, *rotary)
+        self.write_kv(k, v_TKD, kv_B2KSD, slots_T)
+
+    def embed(self, ids_T: Tensor, table_VH: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(ids_T, table_VH)
 
     def copy_blocks(self, kv: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
         self.swap_blocks(kv, kv, src_ids, dst_ids)

@@ -6,11 +6,14 @@ Shapes, dtypes and the cache's layout are in `quire.kernels`.
 import torch
 from torch import Tensor
 
+from quire.kernels import FewTokenKernels
+
 
 class TorchKernels:
     """`Kernels` in plain torch."""
 
     name = "torch"
+    few: FewTokenKernels | None = None
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         x = x_TH.float()
@@ -27,6 +30,29 @@ class TorchKernels:
         for x in (q_TND, k_TKD):
             a, b = x[..., :half].float(), x[..., half : 2 * half].float()
             x[..., : 2 * half] = torch.cat([a * cos_T1r - b * sin_T1r, b * cos_T1r + a * sin_T1r], -1).to(x.dtype)
+
+    def norm_rotary_write(
+        self,
+        q_TND: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        kv_B2KSD: Tensor,
+        slots_T: Tensor,
+        *,
+        norm: tuple[Tensor, Tensor, float] | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        k = k_TKD.clone()
+        if norm is not None:
+            q_weight_D, k_weight_D, eps = norm
+            q_TND.copy_(self.rms_norm(q_TND, q_weight_D, eps))
+            k = self.rms_norm(k, k_weight_D, eps)
+        if rotary is not None:
+            self.rotary_(q_TND, k, *rotary)
+        self.write_kv(k, v_TKD, kv_B2KSD, slots_T)
+
+    def embed(self, ids_T: Tensor, table_VH: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(ids_T, table_VH)
 
     def silu_and_mul(self, gate_up_TI2: Tensor) -> Tensor:
         gate, up = gate_up_TI2.chunk(2, -1)
@@ -80,3 +106,31 @@ class TorchKernels:
                 scores_Nqk.masked_fill_(positions_k <= positions_q1 - window, -torch.inf)
             o_TND[start:end] = (torch.softmax(scores_Nqk, -1) @ v_NkD).transpose(0, 1).to(q_TND.dtype)
         return o_TND
+
+
+class TorchFewTokens:
+    """`FewTokenKernels` in plain torch: takes any tokens, and is slower than leaving it be."""
+
+    def takes(self, x_TH: Tensor) -> bool:
+        return True
+
+    def linear(
+        self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None
+    ) -> Tensor:
+        x_TH = x_TH if norm is None else TorchKernels().rms_norm(x_TH, *norm)
+        return torch.nn.functional.linear(x_TH, weight_OH, bias_O)
+
+    def linear_silu_mul(
+        self,
+        x_TH: Tensor,
+        weight_O2H: Tensor,
+        bias_O2: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+    ) -> Tensor:
+        return TorchKernels().silu_and_mul(self.linear(x_TH, weight_O2H, bias_O2, norm=norm))
+
+    def linear_add_(
+        self, x_TH: Tensor, weight_OH: Tensor, residual_TO: Tensor, bias_O: Tensor | None = None
+    ) -> None:  # fmt: skip
+        residual_TO.add_(torch.nn.functional.linear(x_TH, weight_OH, bias_O))

@@ -18,11 +18,12 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, build: BuildContext) -> None:
         super().__init__()
         self.group = build.group
+        self.kernels = build.kernels
         self.weight = empty_parameter(vocab_size, hidden_size, dtype=build.dtype, device=build.device)
 
     def forward(self, input_ids_T: Tensor) -> Tensor:
         """int32 or int64 [T], each id below V -> [T, H], a new tensor."""
-        return F.embedding(input_ids_T, self.weight)
+        return self.kernels.embed(input_ids_T, self.weight)
 
     def weight_slots(self, path: str) -> Iterator[WeightSlot]:
         yield WeightSlot(f"{path}.weight", self.weight, self.group)
@@ -46,9 +47,10 @@ class LMHead(nn.Module):
             # A view and no parameter of this module: it has no slot, so that the table is loaded once.
             self.weight = tied_to.weight.detach()[build.group.rank * share : (build.group.rank + 1) * share]
 
-    def forward(self, hidden_MH: Tensor) -> Tensor:
-        """[M, H] -> fp32 [M, V]"""
-        return self.group.all_gather(F.linear(hidden_MH, self.weight), dim=-1).float()
+    def forward(self, hidden_MH: Tensor, *, fp32: bool = True) -> Tensor:
+        """[M, H] -> [M, V] in fp32, or as it was computed: the same numbers in the model's dtype."""
+        logits_MV = self.group.all_gather(F.linear(hidden_MH, self.weight), dim=-1)
+        return logits_MV.float() if fp32 else logits_MV
 
     def weight_slots(self, path: str) -> Iterator[WeightSlot]:
         if not self.is_tied:

@@ -4,6 +4,8 @@
     RowParallelLinear      y = sum over ranks of x W^T, + b once; W [out, in / size]
 
 The pair column -> row needs one all_reduce. Matmuls are torch's own: its bf16 is near this CPU's peak.
+For few tokens a GPU has kernels that do what stands beside the product as well (`quire.kernels.FewTokenKernels`): `normed`,
+`normed_silu_mul` and `add_to` are for them.
 
 Shapes: T tokens, I inputs, O outputs of this rank.
 """
@@ -13,7 +15,9 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quire.kernels import FewTokenKernels
 from quire.layers.context import BuildContext
+from quire.layers.norm import RMSNorm
 from quire.layers.slots import WeightSlot, empty_parameter
 
 
@@ -41,6 +45,14 @@ class ColumnParallelLinear(nn.Module):
         """[T, I] -> [T, O], the pieces' outputs side by side."""
         return F.linear(x_TI, self.weight, self.bias)
 
+    def normed(self, few: FewTokenKernels, x_TI: Tensor, norm: RMSNorm) -> Tensor:
+        """forward(norm(x)): [T, I] -> [T, O]"""
+        return few.linear(x_TI, self.weight, self.bias, norm=(norm.weight, norm.eps))
+
+    def normed_silu_mul(self, few: FewTokenKernels, x_TI: Tensor, norm: RMSNorm) -> Tensor:
+        """silu(gate) * up of two pieces of one size, gate and up, of forward(norm(x)): [T, I] -> [T, O / 2]"""
+        return few.linear_silu_mul(x_TI, self.weight, self.bias, norm=(norm.weight, norm.eps))
+
     def weight_slots(self, path: str) -> Iterator[WeightSlot]:
         parent = path.rpartition(".")[0]
         start = 0
@@ -65,6 +77,13 @@ class RowParallelLinear(nn.Module):
         # Only one rank adds the bias, or the sum would hold it `size` times.
         bias = self.bias if self.group.rank == 0 else None
         return self.group.all_reduce(F.linear(x_TI, self.weight, bias))
+
+    def add_to(self, few: FewTokenKernels, residual_TO: Tensor, x_TI: Tensor) -> None:
+        """residual += forward(x), in place."""
+        if self.group.size == 1:
+            few.linear_add_(x_TI, self.weight, residual_TO, self.bias)
+        else:  # the sum over the ranks stands between the product and the addition
+            residual_TO += self(x_TI)
 
     def weight_slots(self, path: str) -> Iterator[WeightSlot]:
         yield WeightSlot(f"{path}.weight", self.weight, self.group, shard_dim=1)

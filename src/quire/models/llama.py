@@ -12,6 +12,7 @@ size, V vocabulary; N, K and I are this rank's share.
 from torch import Tensor, nn
 
 from quire.attention.base import AttentionSpec
+from quire.kernels import FewTokenKernels
 from quire.layers.attention import Attention
 from quire.layers.context import BuildContext, ForwardContext
 from quire.layers.embedding import Embedding, LMHead
@@ -42,15 +43,25 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x_TH: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """[T, H] -> [T, H]"""
-        num_tokens = x_TH.shape[0]
-        q, k, v = self.qkv_proj(x_TH).split(list(self.qkv_proj.piece_sizes.values()), dim=-1)
+        return self.o_proj(self._attend(self.qkv_proj(x_TH), positions_T, ctx))
+
+    def add_to(
+        self, few: FewTokenKernels, residual_TH: Tensor, norm: RMSNorm, positions_T: Tensor, ctx: ForwardContext
+    ) -> None:
+        """residual += forward(norm(residual)), in place."""
+        qkv_TO = self.qkv_proj.normed(few, residual_TH, norm)
+        self.o_proj.add_to(few, residual_TH, self._attend(qkv_TO, positions_T, ctx))
+
+    def _attend(self, qkv_TO: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
+        """From q, k and v of all heads, side by side, to what attention gives: [T, N D]."""
+        num_tokens = qkv_TO.shape[0]
+        q, k, v = qkv_TO.split(list(self.qkv_proj.piece_sizes.values()), dim=-1)
         q_TND, k_TKD, v_TKD = (part.view(num_tokens, -1, self.head_dim) for part in (q, k, v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_TND, k_TKD = self.q_norm(q_TND), self.k_norm(k_TKD)
-        if self.rotary is not None:
-            self.rotary(q_TND, k_TKD, positions_T)
-        o_TND = self.attn(q_TND, k_TKD, v_TKD, ctx)
-        return self.o_proj(o_TND.reshape(num_tokens, -1))
+        o_TND = self.attn(
+            q_TND, k_TKD, v_TKD, ctx,
+            positions_T=positions_T, rotary=self.rotary, q_norm=self.q_norm, k_norm=self.k_norm,
+        )  # fmt: skip
+        return o_TND.reshape(num_tokens, -1)
 
 
 class LlamaMLP(nn.Module):
@@ -67,6 +78,10 @@ class LlamaMLP(nn.Module):
     def forward(self, x_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]"""
         return self.down_proj(self.kernels.silu_and_mul(self.gate_up_proj(x_TH)))
+
+    def add_to(self, few: FewTokenKernels, residual_TH: Tensor, norm: RMSNorm) -> None:
+        """residual += forward(norm(residual)), in place."""
+        self.down_proj.add_to(few, residual_TH, self.gate_up_proj.normed_silu_mul(few, residual_TH, norm))
 
 
 class LlamaLayer(nn.Module):
@@ -91,12 +106,18 @@ class LlamaLayer(nn.Module):
         h_TH = self.post_attention_layernorm.add(h_TH, residual_TH)
         return self.mlp(h_TH)
 
+    def add_to(self, few: FewTokenKernels, residual_TH: Tensor, positions_T: Tensor, ctx: ForwardContext) -> None:
+        """The same for few tokens, all of it in place: each half adds to the residual itself, and norms what it reads."""
+        self.self_attn.add_to(few, residual_TH, self.input_layernorm, positions_T, ctx)
+        self.mlp.add_to(few, residual_TH, self.post_attention_layernorm)
+
 
 class LlamaModel(nn.Module):
     """All but the head: tokens into hidden states."""
 
     def __init__(self, config: ModelConfig, build: BuildContext) -> None:
         super().__init__()
+        self.kernels = build.kernels
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, build)
         rotary = RotaryEmbedding(config.rope, build)
         self.layers = nn.ModuleList([LlamaLayer(config, i, rotary, build) for i in range(config.num_layers)])
@@ -105,6 +126,11 @@ class LlamaModel(nn.Module):
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """-> [T, H], the final norm applied."""
         residual_TH, x_TH = self.embed_tokens(input_ids_T), None
+        few = self.kernels.few
+        if few is not None and few.takes(residual_TH):
+            for layer in self.layers:
+                layer.add_to(few, residual_TH, positions_T, ctx)
+            return self.norm(residual_TH)
         for layer in self.layers:
             x_TH = layer(x_TH, residual_TH, positions_T, ctx)
         return self.norm.add(x_TH, residual_TH)
@@ -128,12 +154,12 @@ class LlamaForCausalLM(nn.Module):
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """One step over a flat batch.
 
-        `input_ids_T`: int32 or int64 [T]. `positions_T`: int64 [T], each token's place in its sequence, below
+        `input_ids_T`: int32 or int64 [T]. `positions_T`: int32 or int64 [T], each token's place in its sequence, below
         max_model_len. `ctx` holds the plans, and the KV cache, which is written in place.
         -> hidden states [T, H] in the model's dtype, the final norm applied.
         """
         return self.model(input_ids_T, positions_T, ctx)
 
-    def compute_logits(self, hidden_MH: Tensor) -> Tensor:
-        """[M, H] -> logits, fp32 [M, V], V the whole vocabulary on every rank."""
-        return self.lm_head(hidden_MH)
+    def compute_logits(self, hidden_MH: Tensor, *, fp32: bool = True) -> Tensor:
+        """[M, H] -> logits [M, V], V the whole vocabulary on every rank: in fp32, or the same numbers in the model's dtype."""
+        return self.lm_head(hidden_MH, fp32=fp32)

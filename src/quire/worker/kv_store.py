@@ -3,12 +3,15 @@
 Layout: [block, layer of the group, key or value, KV head, slot, head size]. All bytes of a block lie together, so that a copy
 or a transfer is one run of bytes for each block. Does not know which block belongs to whom.
 
+On a GPU, transfers run on a stream of their own beside the step that ordered them: after all that was launched before, so
+after the last writer of what they read. Nobody touches their blocks meanwhile, for the scheduler has them pinned.
+
 Shape legend: B = blocks, G = layers of a cache group, H = KV heads, S = slots of a block, D = head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -44,7 +47,8 @@ class KVStore:
                 f"gpu_memory_utilization, num_gpu_blocks_override or swap_space"
             ) from error
         self._kernels = kernels
-        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._transfers_began: torch.cuda.Event | None = None
         # layer -> its view [B, 2, H, S, D] and its cache group
         self.layers: list[Tensor] = [torch.empty(0)] * sum(len(group.layers) for group in groups)
         self.group_of_layer = [0] * len(self.layers)
@@ -60,12 +64,39 @@ class KVStore:
             self._kernels.copy_blocks(self.blocks_BG2HSD, source, target)
 
     def swap_out(self, transfer: Transfer) -> None:
-        source, target = self._ids(transfer.pairs)
-        self._kernels.swap_blocks(self.blocks_BG2HSD, self.host_BG2HSD, source, target)
+        self._swap(self.blocks_BG2HSD, self.host_BG2HSD, transfer)
 
     def swap_in(self, transfer: Transfer) -> None:
+        self._swap(self.host_BG2HSD, self.blocks_BG2HSD, transfer)
+
+    def _swap(self, source_pool: Tensor, target_pool: Tensor, transfer: Transfer) -> None:
         source, target = self._ids(transfer.pairs)
-        self._kernels.swap_blocks(self.host_BG2HSD, self.blocks_BG2HSD, source, target)
+        if self._stream is None:
+            self._kernels.swap_blocks(source_pool, target_pool, source, target)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        if self._transfers_began is None:
+            self._transfers_began = torch.cuda.Event(enable_timing=True)
+            self._transfers_began.record(self._stream)
+        with torch.cuda.stream(self._stream):
+            self._kernels.swap_blocks(source_pool, target_pool, source, target)
+
+    def transfers_launched(self) -> Callable[[], float]:
+        """What is returned waits for the transfers ordered since this was last asked, and gives the seconds that they took.
+
+        0.0 where there are none, and where they were over when they were ordered.
+        """
+        began, self._transfers_began = self._transfers_began, None
+        if began is None:
+            return float
+        ended = torch.cuda.Event(enable_timing=True)
+        ended.record(self._stream)
+
+        def wait() -> float:
+            ended.synchronize()
+            return began.elapsed_time(ended) / 1e3
+
+        return wait
 
     @staticmethod
     def _ids(pairs: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -67,14 +67,17 @@ def budget_bytes(config: EngineConfig, device: torch.device, weights_bytes: int)
     return int((available_bytes() + weights_bytes) * (config.gpu_memory_utilization or CPU_UTILIZATION))
 
 
-def activation_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> int:
+def activation_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Most that a step takes for what flows between layers, and for logits.
 
     A token has, at the widest place of a layer, residual and hidden state, the joint gate and up projections and their
-    product (or q, k, v and o); a sample has its logits in fp32 about four times over in the sampler.
+    product (or q, k, v and o); a sample has its logits in fp32 about four times over in the sampler. CUDA graphs have a pool of
+    their own for what flows between layers, as large as the largest of them needs.
     """
     mlp = 3 * model.intermediate_size
     attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
     per_token = (2 * model.hidden_size + max(mlp, attention)) * dtype.itemsize
-    samples = min(config.max_num_seqs, config.step_token_budget)
-    return config.step_token_budget * per_token + samples * model.vocab_size * 4 * 4
+    num_tokens = config.step_token_budget(device.type)
+    samples = min(config.max_num_seqs, num_tokens)
+    copies = 2 if device.type == "cuda" and not config.enforce_eager else 1
+    return copies * num_tokens * per_token + samples * model.vocab_size * 4 * 4

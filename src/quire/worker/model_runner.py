@@ -9,20 +9,36 @@ Shape legend: T = tokens of the step, M = samples, H = hidden size, V = vocabula
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from quire.attention.base import AttentionBackend
-from quire.core.step import SchedulerOutput, StepOutput
+from quire.core.step import Candidates, SchedulerOutput, StepOutput
 from quire.layers.context import ForwardContext
+from quire.sampling.beams import beam_candidates
 from quire.sampling.logprobs import PromptLogprobs, prompt_logprobs
 from quire.sampling.sampler import Sampler
 from quire.sampling.state import SamplingState
+from quire.sampling.transfer import to_device
 from quire.worker.input_batch import FlatBatch, InputBatch
 from quire.worker.kv_store import KVStore
+
+if TYPE_CHECKING:
+    from quire.worker.graph_runner import GraphRunner
+
+
+class Way(Enum):
+    """How a step runs: graphs are for decoding or for mixed steps (see `graph_runner`)."""
+
+    DECODE_GRAPH = "decode graph"
+    MIXED_GRAPH = "mixed graph"
+    EAGER = "eager"
 
 
 @dataclass(slots=True)
@@ -32,6 +48,8 @@ class _Forwarded:
     hidden_MH: Tensor
     prompt_logprobs: dict[int, PromptLogprobs]
     began_s: float
+    transfer_s: float
+    began: torch.cuda.Event | None
 
 
 class ModelRunner:
@@ -51,6 +69,8 @@ class ModelRunner:
         self.sampling = sampling
         self.store = store
         self.sampler = Sampler()
+        self.graphs: GraphRunner | None = None  # where the device can capture them
+        self.way = Way.EAGER  # of the last step that had something to run
         self._forwarded: _Forwarded | None = None
 
     @torch.inference_mode()
@@ -58,7 +78,7 @@ class ModelRunner:
         """Everything up to the hidden states that tokens will be drawn from."""
         assert self._forwarded is None, "forward without sample"
         assert not step.draft_token_ids, "this worker does not verify drafts"
-        began_s = time.perf_counter()
+        began_s, began = time.perf_counter(), self._mark()
         self.inputs.apply(step)
         for new in step.new_rows:
             self.sampling.set_row(
@@ -70,19 +90,48 @@ class ModelRunner:
                 new.stop_token_ids,
                 new.bad_words_token_ids,
             )
+            self.sampling.set_beam(new.row, new.num_candidates)
+        if step.token_updates is not None:
+            decided = step.token_updates
+            self.inputs.write_drawn(decided.rows, decided.positions, torch.from_numpy(decided.token_ids))
+        moved_s = time.perf_counter()
         for transfer in step.swap_out:
             self.store.swap_out(transfer)
         for transfer in step.swap_in:
             self.store.swap_in(transfer)
+        moved_s = time.perf_counter() - moved_s if step.swap_out or step.swap_in else 0.0
         self.store.copy(step.copies)
         if not len(step.rows):
-            self._forwarded = _Forwarded(torch.empty(0), {}, began_s)
+            self._forwarded = _Forwarded(torch.empty(0), {}, began_s, moved_s, began)
+            return
+        self.way = self._choose_way(step)
+        if self.graphs is not None and self.way is not Way.EAGER:
+            run = self.graphs.forward if self.way is Way.DECODE_GRAPH else self.graphs.forward_mixed
+            self._forwarded = _Forwarded(run(step), {}, began_s, moved_s, began)
             return
         batch = self.inputs.lay_out(step)
         hidden_TH = self._run_layers(batch)
         self._forwarded = _Forwarded(
-            hidden_TH.index_select(0, batch.last_M), self._prompt_logprobs(step, hidden_TH), began_s
+            hidden_TH.index_select(0, batch.last_M), self._prompt_logprobs(step, hidden_TH), began_s, moved_s, began
         )
+
+    def _choose_way(self, step: SchedulerOutput) -> Way:
+        if self.graphs is None:
+            return Way.EAGER
+        if self.graphs.takes(step):
+            return Way.DECODE_GRAPH
+        if self.graphs.takes_mixed(step) and not self._asks_prompt_logprobs(step):
+            return Way.MIXED_GRAPH
+        return Way.EAGER
+
+    def _asks_prompt_logprobs(self, step: SchedulerOutput) -> bool:
+        """They need the hidden states of all positions, which graphs do not keep."""
+        for row, start in zip(step.rows.tolist(), step.starts.tolist()):
+            tenant = self.inputs.rows[row]
+            assert tenant is not None
+            if tenant.params.prompt_logprobs is not None and start < tenant.num_prompt_tokens - 1:
+                return True
+        return False
 
     def _run_layers(self, batch: FlatBatch) -> Tensor:
         plans = [self.attention.plan(attention) for attention in batch.attention]
@@ -106,9 +155,13 @@ class ModelRunner:
             first += int(count)
         return found
 
-    @torch.inference_mode()
     def sample(self, step: SchedulerOutput) -> StepOutput:
         """Draws the step's tokens and writes them into their rows."""
+        return self.launch_sample(step)()
+
+    @torch.inference_mode()
+    def launch_sample(self, step: SchedulerOutput) -> Callable[[], StepOutput]:
+        """`sample` in two parts: what is returned waits for this step's tokens, and no later step's, and gives the result."""
         forwarded, self._forwarded = self._forwarded, None
         assert forwarded is not None, "sample without forward"
         transfers = [transfer.transfer_id for transfer in (*step.swap_out, *step.swap_in)]
@@ -117,19 +170,62 @@ class ModelRunner:
             np.zeros(0, dtype=np.int32),
             prompt_logprobs=dict(forwarded.prompt_logprobs),
             finished_transfers=transfers,
+            transfer_s=forwarded.transfer_s,
         )
+        transfers_end = self.store.transfers_launched()
+        drawn = None
         if len(step.sample_rows):
-            logits_MV = self._logits(step, forwarded.hidden_MH)
-            drawn = self.sampler.sample(
-                logits_MV, self.sampling, step.sample_rows, step.sample_positions, self.inputs.token_ids_RL
-            )
-            self.inputs.write_drawn(step.sample_rows, step.sample_positions, drawn.token_ids_M)
-            result.token_ids = drawn.token_ids_M.cpu().numpy().astype(np.int32)
-            result.errors = dict(drawn.errors)
-            if drawn.logprobs is not None:
-                result.logprobs = {i: row for i, row in enumerate(drawn.logprobs) if row is not None}
-        result.elapsed_s = time.perf_counter() - forwarded.began_s
-        return result
+            drawn = self.graphs.sample(step) if self.graphs is not None else None
+            if drawn is None:
+                logits_MV = self._logits(step, forwarded.hidden_MH)
+                drawn = self.sampler.sample(
+                    logits_MV, self.sampling, step.sample_rows, step.sample_positions, self.inputs.token_ids_RL
+                )
+                self.inputs.write_drawn(step.sample_rows, step.sample_positions, drawn.token_ids_M)
+                drawn.send()
+                result.candidates = self._candidates(step, logits_MV)
+
+        ended = self._mark()
+
+        def finish() -> StepOutput:
+            if drawn is not None:
+                result.token_ids = drawn.host_token_ids
+                result.errors = dict(drawn.errors)
+                if drawn.logprobs is not None:
+                    result.logprobs = {i: row for i, row in enumerate(drawn.logprobs) if row is not None}
+            if ended is not None and forwarded.began is not None:
+                # By the device's clock, for the host's counts the steps before that were still running. Transfers run beside
+                # the step: they are added, so that what is left without them is the step.
+                ended.synchronize()
+                result.transfer_s = transfers_end()
+                result.elapsed_s = forwarded.began.elapsed_time(ended) / 1e3 + result.transfer_s
+            else:
+                result.elapsed_s = time.perf_counter() - forwarded.began_s
+            return result
+
+        return finish
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """A time on the device, where it has a clock of its own."""
+        if self.inputs.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _candidates(self, step: SchedulerOutput, logits_MV: Tensor) -> dict[int, Candidates]:
+        """Of the samples that are beams: they draw nothing, their group decides."""
+        beams = np.flatnonzero(self.sampling.num_candidates_R[step.sample_rows])
+        if not len(beams):
+            return {}
+        found = beam_candidates(
+            logits_MV.index_select(0, torch.from_numpy(beams).to(logits_MV.device)),
+            self.sampling,
+            step.sample_rows[beams],
+            step.sample_positions[beams],
+            self.inputs.token_ids_RL,
+        )
+        return dict(zip(beams.tolist(), found))
 
     def _logits(self, step: SchedulerOutput, hidden_MH: Tensor) -> Tensor:
         """Logits of the samples; those that share an entry share a row of the product."""
@@ -138,5 +234,5 @@ class ModelRunner:
             return self.model.compute_logits(hidden_MH)
         first = np.zeros(len(entries), dtype=np.int64)
         first[index[::-1]] = np.arange(len(index))[::-1]
-        logits = self.model.compute_logits(hidden_MH.index_select(0, torch.from_numpy(first).to(hidden_MH.device)))
-        return logits.index_select(0, torch.from_numpy(index.astype(np.int64)).to(hidden_MH.device))
+        logits = self.model.compute_logits(hidden_MH.index_select(0, to_device(first, hidden_MH.device)))
+        return logits.index_select(0, to_device(index.astype(np.int64), hidden_MH.device))

@@ -7,29 +7,34 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 
 from quire.attention.select import select_backend
 from quire.config import DeviceReport, EngineConfig, MemoryReport
 from quire.core.cache_group import CacheGroup
-from quire.core.memory_plan import GIB
+from quire.core.memory_plan import GIB, format_bytes
 from quire.core.step import SchedulerOutput, StepOutput
 from quire.errors import ConfigError
 from quire.kernels import select_kernels
 from quire.layers.context import BuildContext
 from quire.model_config import ModelConfig
 from quire.models import build_model
+from quire.sampling.sampler import Sampler
 from quire.sampling.state import SamplingState
 from quire.worker import memory
-from quire.worker.input_batch import InputBatch
+from quire.worker.input_batch import InputBatch, PackedInputBatch
 from quire.worker.kv_store import KVStore
 from quire.worker.model_runner import ModelRunner
 from quire.worker.weights import load_weights, resolve_dtype
 
 logger = logging.getLogger(__name__)
 
+# Kernels that an attention backend asks for; others take what is fastest on the device.
+KERNELS: Mapping[str, Literal["torch", "triton"]] = {"reference": "torch", "triton": "triton"}
 SMALL_MODEL_BYTES = 16 << 20  # read from a core's own caches: a step of it takes about as long as a few barriers
 
 
@@ -44,6 +49,7 @@ class Worker:
         groups: Sequence[CacheGroup],
         max_model_len: int,
     ) -> None:
+        began_s = time.perf_counter()
         self._config = config
         self._model_config = model
         self._groups = groups
@@ -52,8 +58,7 @@ class Worker:
         self._dtype = resolve_dtype(config.dtype, model)
         self._kv_dtype = getattr(torch, groups[0].dtype)
         memory.check_weights_fit(model, self._dtype, self._device)
-        prefer = "torch" if config.attention_backend == "reference" else "auto"
-        self._kernels = select_kernels(self._device, prefer)
+        self._kernels = select_kernels(self._device, KERNELS.get(config.attention_backend, "auto"))
         self._attention = select_backend(config.attention_backend, self._device, self._kernels)
         build = BuildContext(
             dtype=self._dtype,
@@ -64,8 +69,12 @@ class Worker:
             kv_dtype=self._kv_dtype,
         )
         self._model = build_model(model, build)
+        built_s = time.perf_counter()
         load_weights(self._model, directory, load_format=config.load_format, seed=config.seed)
         self._model.eval()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        logger.info("built the model in %.1f s, loaded it in %.1f s", built_s - began_s, time.perf_counter() - built_s)
         if self._device.type == "cpu":
             torch.set_num_threads(config.num_threads or self._choose_threads())
         self._runner: ModelRunner | None = None
@@ -100,28 +109,51 @@ class Worker:
         return MemoryReport(
             budget_bytes=budget,
             weights_bytes=weights,
-            activation_bytes=memory.activation_bytes(self._model_config, self._config, self._dtype),
+            activation_bytes=memory.activation_bytes(self._model_config, self._config, self._dtype, self._device),
             swap_bytes=swap,
         )
 
     def allocate(self, num_blocks: int, num_host_blocks: int) -> None:
         """Makes KV memory and the rows. Raises CapacityError if the machine does not give it."""
         config = self._config
-        self._runner = ModelRunner(
-            model=self._model,
-            attention=self._attention,
-            inputs=InputBatch(config.max_num_seqs, self._max_model_len, config.block_size, self._groups, self._device),
-            sampling=SamplingState(config.max_num_seqs, self._model_config.vocab_size, self._device),
-            store=KVStore(
-                self._groups,
-                num_blocks,
-                num_host_blocks,
-                config.block_size,
-                self._kv_dtype,
-                self._device,
-                self._kernels,
-            ),
+        began_s = time.perf_counter()
+        packed = self._kernels.name == "triton"
+        inputs = (PackedInputBatch if packed else InputBatch)(
+            config.max_num_seqs, self._max_model_len, config.block_size, self._groups, self._device
         )
+        # as many rows as the inputs have: graphs pad with one that nobody gets
+        sampling = SamplingState(len(inputs.rows), self._model_config.vocab_size, self._device)
+        store = KVStore(
+            self._groups,
+            num_blocks,
+            num_host_blocks,
+            config.block_size,
+            self._kv_dtype,
+            self._device,
+            self._kernels,
+        )
+        logger.info("allocated KV memory in %.1f s", time.perf_counter() - began_s)
+        self._runner = ModelRunner(self._model, self._attention, inputs, sampling, store)
+        if isinstance(inputs, PackedInputBatch):
+            from quire.sampling.triton import TritonChooser
+            from quire.worker.graph_runner import GraphRunner, graphs_for
+
+            self._runner.sampler = Sampler(TritonChooser())
+            backend = graphs_for(self._attention)
+            if backend is not None and self._device.type == "cuda" and not config.enforce_eager:
+                self._runner.graphs = GraphRunner(
+                    self._model, backend, inputs, sampling, store, self._model.attention_specs, self._dtype,
+                    max_num_tokens=config.step_token_budget(self._device.type),
+                )  # fmt: skip
+                began_s = time.perf_counter()
+                self._runner.graphs.capture_all()
+                logger.info(
+                    "captured %d graphs in %.1f s; torch holds %s, %s of it in use",
+                    self._runner.graphs.num_captures,
+                    time.perf_counter() - began_s,
+                    format_bytes(torch.cuda.memory_reserved(self._device)),
+                    format_bytes(torch.cuda.memory_allocated(self._device)),
+                )
 
     @property
     def runner(self) -> ModelRunner:
@@ -133,6 +165,11 @@ class Worker:
 
     def sample(self, step: SchedulerOutput) -> StepOutput:
         return self.runner.sample(step)
+
+    def launch(self, step: SchedulerOutput) -> Callable[[], StepOutput]:
+        """`forward` and `sample` without waiting for the device: what is returned does, and gives the result."""
+        self.runner.forward(step)
+        return self.runner.launch_sample(step)
 
 
 def _choose_device(name: str) -> torch.device:

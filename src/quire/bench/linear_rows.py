@@ -1,0 +1,231 @@
+"""The rows of `quire bench kernels` for linear layers: ours beside cuBLAS at few tokens, as weights read in a second.
+
+Each layer is that of a model's shape, with what our kernels fuse into it (norm before qkv and gate_up, SiLU x up after
+gate_up, the residual's addition after o and down); cuBLAS does the product alone. A graph goes round several copies of the
+weights, more than the L2 cache holds. Variants are compiled by several processes first, into Triton's cache, and each result
+is checked before it is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from quire.kernels.triton.skinny import Tile
+
+MIN_BYTES = 4e8
+"""Of weights that a graph goes round."""
+VARIED = (1, 4, 16)
+"""Numbers of tokens for which variants are tried."""
+
+# outputs (or pairs) of a program, inputs of a turn, warps, stages (0: without matrix units)
+MULTIPLY_ADD = (
+    (8, 1024, 4, 0), (4, 1024, 4, 0), (16, 1024, 4, 0), (4, 1024, 2, 0), (8, 512, 2, 0), (4, 2048, 4, 0), (2, 4096, 8, 0),
+    (4, 4096, 8, 0), (2, 2048, 4, 0),
+)  # fmt: skip
+MATRIX = (
+    (16, 256, 2, 4), (16, 256, 2, 3), (16, 128, 2, 5), (32, 128, 4, 4), (32, 256, 4, 3), (16, 512, 4, 3), (64, 128, 4, 4),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layer:
+    """`silu`: the weight is [2 outputs, size]."""
+
+    name: str
+    size: int
+    outputs: int
+    norm: bool = False
+    silu: bool = False
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.outputs * (2 if self.silu else 1), self.size
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * math.prod(self.weight_shape)
+
+
+LAYERS = (
+    Layer("0.6B qkv", 1024, 4096, norm=True),
+    Layer("0.6B o", 2048, 1024),
+    Layer("0.6B gate_up", 1024, 3072, norm=True, silu=True),
+    Layer("0.6B down", 3072, 1024),
+    Layer("8B qkv", 4096, 6144, norm=True),
+    Layer("8B o", 4096, 4096),
+    Layer("8B gate_up", 4096, 14336, norm=True, silu=True),
+    Layer("8B down", 14336, 4096),
+)
+WORKS = tuple((f"linear {layer.name} x{tokens}", layer, tokens) for layer in LAYERS for tokens in (1, 2, 4, 8, 16))
+
+
+def variants(layer: Layer, tokens: int) -> list[Tile]:
+    """Besides the tile that is chosen anyway."""
+    from quire.kernels.triton.skinny import Tile, choose_tile
+
+    if tokens not in VARIED:
+        return []
+    whole = 1 << (layer.size - 1).bit_length()
+    tiles = dict.fromkeys(
+        Tile(rows // (2 if layer.silu and not stages else 1), columns, warps, stages)
+        for rows, columns, warps, stages in (MULTIPLY_ADD if tokens <= 4 else ()) + MATRIX
+        if columns <= whole
+    )
+    tiles.pop(choose_tile(tokens, layer.outputs, layer.size, layer.silu), None)
+    return list(tiles)
+
+
+def call(layer: Layer, x_TH: Tensor, weight: Tensor, norm_H: Tensor, residual_TO: Tensor, tile: Tile | None) -> Tensor:
+    """Our kernels, as the model calls them; the result of layers that add is residual."""
+    from quire.kernels.triton import skinny
+    from quire.kernels.triton.fused import TritonKernels
+
+    few = TritonKernels().few
+    norm = (norm_H, 1e-6) if layer.norm else None
+    if tile is None:
+        assert few is not None
+        if layer.silu:
+            return few.linear_silu_mul(x_TH, weight, norm=norm)
+        if layer.norm:
+            return few.linear(x_TH, weight, norm=norm)
+        few.linear_add_(x_TH, weight, residual_TO)
+        return residual_TO
+    if norm is not None and tile.num_stages:
+        x_TH, norm = TritonKernels().rms_norm(x_TH, *norm), None
+    if layer.silu:
+        return skinny.linear_silu_mul(x_TH, weight, norm=norm, tile=tile)
+    if layer.norm:
+        return skinny.linear(x_TH, weight, norm=norm, tile=tile)
+    skinny.linear_add_(x_TH, weight, residual_TO, tile=tile)
+    return residual_TO
+
+
+def expected(layer: Layer, x_TH: Tensor, weight: Tensor, norm_H: Tensor, residual_TO: Tensor) -> Tensor:
+    """The same from torch, in fp32."""
+    x = x_TH.float()
+    if layer.norm:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * norm_H.float()
+    y = x @ weight.float().T
+    if layer.silu:
+        gate, up = y.chunk(2, -1)
+        return F.silu(gate) * up
+    return y if layer.norm else residual_TO.float() + y
+
+
+def tensors(layer: Layer, tokens: int, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
+    """x, the norm's weights, the residual; bf16."""
+    shapes = ((tokens, layer.size), (layer.size,), (tokens, layer.outputs))
+    x, norm, residual = (torch.randn(shape, device=device).to(torch.bfloat16) for shape in shapes)
+    return x, norm, residual
+
+
+def compile_ahead(works: Sequence[tuple[str, Layer, int]]) -> None:
+    """Fills Triton's cache on disk with all variants of these works."""
+    jobs: dict[tuple[Any, ...], tuple[Layer, int, Tile]] = {}
+    for _, layer, tokens in works:
+        for tile in variants(layer, tokens):
+            jobs.setdefault((layer, tile.num_stages or tokens, tile), (layer, tokens, tile))
+    if not jobs:
+        return
+    workers = max(1, min(14, (os.cpu_count() or 2) - 2, len(jobs)))
+    shares = [list(jobs.values())[i::workers] for i in range(workers)]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, shares))
+
+
+def _compile(jobs: Iterable[tuple[Layer, int, Tile]]) -> None:
+    for layer, tokens, tile in jobs:
+        weight = torch.zeros(layer.weight_shape, device="cuda", dtype=torch.bfloat16)
+        x, norm, residual = tensors(layer, tokens)
+        with contextlib.suppress(Exception):  # told when it is measured
+            call(layer, x, weight, norm, residual, tile)
+
+
+TimeGraph = Callable[[Sequence[Callable[[], object]], int], float]
+
+
+@dataclass(frozen=True)
+class Problem:
+    layer: Layer
+    x_TH: Tensor
+    norm_H: Tensor
+    residual_TO: Tensor
+    weights: tuple[Tensor, ...]
+    time_graph: TimeGraph
+    repeat: int
+
+    def ours(self, tile: Tile | None) -> dict[str, float]:
+        layer, x, norm = self.layer, self.x_TH, self.norm_H
+        want = expected(layer, x, self.weights[0], norm, self.residual_TO)
+        found = call(layer, x, self.weights[0], norm, self.residual_TO.clone(), tile)
+        error = float((found.float() - want).norm() / want.norm())
+        if not error < 1e-2:
+            raise AssertionError(f"relative error {error}")
+        sums = self.residual_TO.clone()
+        return self._row([lambda w=w: call(layer, x, w, norm, sums, tile) for w in self.weights])
+
+    def cublas(self) -> dict[str, float]:
+        return self._row([lambda w=w: F.linear(self.x_TH, w) for w in self.weights])
+
+    def _row(self, calls: Sequence[Callable[[], object]]) -> dict[str, float]:
+        seconds = self.time_graph(calls, self.repeat)
+        return {"us": 1e6 * seconds, "TB/s": self.layer.num_bytes / seconds / 1e12}
+
+
+def measure(
+    works: Sequence[tuple[str, Layer, int]],
+    time_graph: TimeGraph,
+    read_tb_s: float,
+    *,
+    repeat: int,
+    with_variants: bool,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """-> rows of the table, and what was tried. Prints each row, the variants from the best to the worst."""
+    from quire.kernels.triton.skinny import choose_tile
+
+    if with_variants:
+        compile_ahead(works)
+    rows: list[dict[str, Any]] = []
+    tried: list[dict[str, Any]] = []
+    drawn: tuple[Layer, tuple[Tensor, ...]] | None = None
+    for name, layer, tokens in works:
+        if drawn is None or drawn[0] != layer:
+            drawn = None  # free these first
+            count = max(4, math.ceil(MIN_BYTES / layer.num_bytes))
+            made = torch.empty((count, *layer.weight_shape), device="cuda", dtype=torch.bfloat16)
+            drawn = layer, made.normal_(std=layer.size**-0.5).unbind(0)
+        problem = Problem(layer, *tensors(layer, tokens), drawn[1], time_graph, repeat)
+        chosen = _words(choose_tile(tokens, layer.outputs, layer.size, layer.silu))
+        found, cublas = problem.ours(None), problem.cublas()
+        ceiling = found["TB/s"] / read_tb_s
+        row = {"layer": name, **found, "of ceiling": ceiling, "cuBLAS us": cublas["us"], "cuBLAS TB/s": cublas["TB/s"]}
+        rows.append(row | {"tile": chosen})
+        print(*(f"{value:.3g}" if isinstance(value, float) else value for value in rows[-1].values()), flush=True)
+        if not with_variants:
+            continue
+        same: list[dict[str, Any]] = [{"layer": name, "tile": chosen, **found}]
+        for tile in variants(layer, tokens):
+            try:
+                same.append({"layer": name, "tile": _words(tile), **problem.ours(tile)})
+            except Exception as error:  # too much shared memory, say: the others still count
+                same.append({"layer": name, "tile": _words(tile), "us": math.inf, "error": repr(error)[:200]})
+        same.sort(key=lambda t: t["us"])
+        print("  us: " + ", ".join(f"[{t['tile']}] {t['us']:.2f}" for t in same), flush=True)
+        tried += same
+    return rows, tried
+
+
+def _words(tile: Tile) -> str:
+    return f"{tile.rows} {tile.columns} {tile.num_warps} {tile.num_stages}"

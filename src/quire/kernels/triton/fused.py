@@ -1,0 +1,397 @@
+"""What a layer does beside its matrix products and attention, in Triton: each kernel reads its inputs once and writes once.
+
+`TritonKernels` is the GPU's `Kernels`; meanings, shapes and dtypes are in `quire.kernels`, the twin of each operation in
+`torch_ops`. Rounding follows the twins step by step: arithmetic is in fp32, and what a twin rounds to the tensors' dtype in
+between is rounded here too. Every operation can be captured in a CUDA graph. Indices are not checked: to learn of one out of
+range the host would have to wait for the device.
+
+Does not know attention, nor which sequence a token belongs to.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire.kernels import FewTokenKernels
+from quire.kernels.torch_ops import TorchKernels
+from quire.kernels.triton import blocks, dependent, skinny
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Heads of one token that a program of one warp handles: with head size 128 in bf16, a thread has 16 bytes of each half.
+_HEADS = 4
+
+
+# Counts of tokens are not specialised on: 1 and multiples of 16 would each be compiled anew, in the middle of serving.
+@triton.jit(do_not_specialize=["num_rows"])
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    num_rows,
+    stride_t,
+    stride_h,
+    eps,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program i norms rows [i * ROWS, (i + 1) * ROWS); row r is head r % HEADS of token r // HEADS."""
+    if PDL:
+        dependent.release()
+        dependent.wait()
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.arange(0, BLOCK)
+    mask = (row < num_rows)[:, None] & (at < SIZE)[None, :]
+    offset = (row // HEADS) * stride_t + (row % HEADS) * stride_h
+    packed = row[:, None] * SIZE + at[None, :]
+    x = tl.load(x_ptr + offset[:, None] + at[None, :], mask=mask, other=0.0)
+    if ADD:
+        residual = tl.load(residual_ptr + packed, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(residual.dtype)
+        tl.store(residual_ptr + packed, x, mask=mask)
+    value = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, axis=1) / SIZE + eps)
+    weight = tl.load(weight_ptr + at, mask=at < SIZE, other=0.0).to(tl.float32)
+    # Rounded before the product, as in transformers' LlamaRMSNorm.
+    normed = (value * scale[:, None]).to(x.dtype).to(tl.float32) * weight[None, :]
+    tl.store(out_ptr + packed, normed.to(x.dtype), mask=mask)
+
+
+@triton.jit
+def _weighted(x, scale, weight_ptr, at, mask):
+    """x * scale, rounded, times the weights at `at`, rounded."""
+    weight = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return ((x.to(tl.float32) * scale[:, None]).to(x.dtype).to(tl.float32) * weight[None, :]).to(x.dtype)
+
+
+@triton.jit
+def _heads_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    kv_ptr,
+    cos_sin_ptr,
+    position_ptr,
+    slot_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_h,
+    v_stride_t,
+    v_stride_h,
+    kv_stride_b,
+    eps,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NORM: tl.constexpr,
+    ROTATE: tl.constexpr,
+    WRITE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Norms and turns the heads of q and k, and writes k and v into their slots: each as far as the flags say.
+
+    Program (t, g) has HEADS heads of token t: g counts groups of heads through q, then through k, then through v. A head
+    is held as its two halves that are turned against each other, and the rest that is not turned:
+
+        | a: HALF elements | b: HALF elements | c: SIZE - 2 * HALF elements |
+
+    q changes in place. k changes in place unless WRITE, for then the cache alone has it.
+    """
+    if PDL:
+        dependent.release()
+        dependent.wait()
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    Q_GROUPS: tl.constexpr = (Q_HEADS + HEADS - 1) // HEADS
+    K_GROUPS: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
+    is_q = group < Q_GROUPS
+    is_v = group >= Q_GROUPS + K_GROUPS
+    base = k_ptr + token * k_stride_t
+    stride_h = k_stride_h
+    first = (group - Q_GROUPS) * HEADS
+    num_heads = KV_HEADS
+    weight_ptr = k_weight_ptr
+    if is_q:
+        base = q_ptr + token * q_stride_t
+        stride_h = q_stride_h
+        first = group * HEADS
+        num_heads = Q_HEADS
+        weight_ptr = q_weight_ptr
+    if is_v:
+        base = v_ptr + token * v_stride_t
+        stride_h = v_stride_h
+        first = (group - Q_GROUPS - K_GROUPS) * HEADS
+
+    head = first + tl.arange(0, HEADS)
+    at = tl.arange(0, HALF_BLOCK)
+    mask = (head < num_heads)[:, None] & (at < HALF)[None, :]
+    address = base + head[:, None] * stride_h + at[None, :]
+    a = tl.load(address, mask=mask, other=0.0)
+    b = tl.load(address + HALF, mask=mask, other=0.0)
+    rest_at = 2 * HALF + tl.arange(0, REST_BLOCK)
+    rest_mask = (head < num_heads)[:, None] & (rest_at < SIZE)[None, :]
+    rest_address = base + head[:, None] * stride_h + rest_at[None, :]
+    c = a
+    if 2 * HALF < SIZE:
+        c = tl.load(rest_address, mask=rest_mask, other=0.0)
+    if NORM and not is_v:
+        squares = tl.sum(a.to(tl.float32) * a.to(tl.float32) + b.to(tl.float32) * b.to(tl.float32), axis=1)
+        if 2 * HALF < SIZE:
+            squares += tl.sum(c.to(tl.float32) * c.to(tl.float32), axis=1)
+        scale = tl.rsqrt(squares / SIZE + eps)
+        a = _weighted(a, scale, weight_ptr, at, at < HALF)
+        b = _weighted(b, scale, weight_ptr, at + HALF, at < HALF)
+        if 2 * HALF < SIZE:
+            c = _weighted(c, scale, weight_ptr, rest_at, rest_at < SIZE)
+    if ROTATE and not is_v:
+        angles = cos_sin_ptr + tl.load(position_ptr + token).to(tl.int64) * (2 * HALF) + at
+        cos = tl.load(angles, mask=at < HALF, other=1.0)[None, :]
+        sin = tl.load(angles + HALF, mask=at < HALF, other=0.0)[None, :]
+        x = a.to(tl.float32)
+        y = b.to(tl.float32)
+        a = (x * cos - y * sin).to(a.dtype)
+        b = (y * cos + x * sin).to(b.dtype)
+    if is_q or not WRITE:
+        tl.store(address, a, mask=mask)
+        tl.store(address + HALF, b, mask=mask)
+        if NORM and 2 * HALF < SIZE:
+            tl.store(rest_address, c, mask=rest_mask)
+    else:
+        slot = tl.load(slot_ptr + token).to(tl.int64)
+        if slot >= 0:
+            kept = kv_ptr + (slot // BLOCK_SIZE) * kv_stride_b + (slot % BLOCK_SIZE) * SIZE
+            if is_v:
+                kept += KV_HEADS * BLOCK_SIZE * SIZE
+            kept_heads = kept + head[:, None] * (BLOCK_SIZE * SIZE)
+            tl.store(kept_heads + at[None, :], a.to(kv_ptr.dtype.element_ty), mask=mask)
+            tl.store(kept_heads + HALF + at[None, :], b.to(kv_ptr.dtype.element_ty), mask=mask)
+            if 2 * HALF < SIZE:
+                tl.store(kept_heads + rest_at[None, :], c.to(kv_ptr.dtype.element_ty), mask=rest_mask)
+
+
+@triton.jit
+def _silu_and_mul_kernel(x_ptr, out_ptr, stride_t, size, BLOCK: tl.constexpr):
+    """Program (t, i) has elements [i * BLOCK, (i + 1) * BLOCK) of token t."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    gate = tl.load(x_ptr + token * stride_t + at, mask=mask, other=0.0)
+    up = tl.load(x_ptr + token * stride_t + size + at, mask=mask, other=0.0)
+    value = gate.to(tl.float32)
+    silu = (value / (1.0 + tl.exp(-value))).to(gate.dtype)
+    tl.store(out_ptr + token * size + at, (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=mask)
+
+
+@triton.jit
+def _embed_kernel(id_ptr, table_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """Program (t, i) has elements [i * BLOCK, (i + 1) * BLOCK) of token t."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    row = tl.load(id_ptr + token).to(tl.int64)
+    tl.store(out_ptr + token * size + at, tl.load(table_ptr + row * size + at, mask=mask), mask=mask)
+
+
+class TritonKernels(TorchKernels):
+    """`Kernels` for GPUs. `attention` is the slow twin's: the attention backend "triton" has kernels of its own."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self.few: FewTokenKernels | None = TritonFewTokens()
+
+    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        return _norm(x_TH, None, weight_H, eps)
+
+    def add_rms_norm(self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        if residual_TH.shape != x_TH.shape or residual_TH.dtype is not x_TH.dtype or not residual_TH.is_contiguous():
+            raise ValueError("residual must be contiguous and of x's shape and dtype")
+        return _norm(x_TH, residual_TH, weight_H, eps)
+
+    def rotary_(self, q_TND: Tensor, k_TKD: Tensor, cos_sin_PR: Tensor, positions_T: Tensor) -> None:
+        _heads(q_TND, k_TKD, None, rotary=(cos_sin_PR, positions_T))
+
+    def write_kv(self, k_TKD: Tensor, v_TKD: Tensor, kv_B2KSD: Tensor, slots_T: Tensor) -> None:
+        _heads(None, k_TKD, v_TKD, cache=(kv_B2KSD, slots_T))
+
+    def norm_rotary_write(
+        self,
+        q_TND: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        kv_B2KSD: Tensor,
+        slots_T: Tensor,
+        *,
+        norm: tuple[Tensor, Tensor, float] | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        _heads(q_TND, k_TKD, v_TKD, norm=norm, rotary=rotary, cache=(kv_B2KSD, slots_T))
+
+    def silu_and_mul(self, gate_up_TI2: Tensor) -> Tensor:
+        _check(gate_up_TI2)
+        num_tokens, size = gate_up_TI2.shape
+        if size % 2 or gate_up_TI2.stride(1) != 1:
+            raise ValueError(f"gate_up must be [T, 2 I] with a contiguous last dimension: {_describe(gate_up_TI2)}")
+        size //= 2
+        out_TI = gate_up_TI2.new_empty((num_tokens, size))
+        if num_tokens:
+            block = min(1024, triton.next_power_of_2(size))
+            grid = (num_tokens, triton.cdiv(size, block))
+            _silu_and_mul_kernel[grid](gate_up_TI2, out_TI, gate_up_TI2.stride(0), size, BLOCK=block, num_warps=4)
+        return out_TI
+
+    def embed(self, ids_T: Tensor, table_VH: Tensor) -> Tensor:
+        _check(table_VH)
+        if not table_VH.is_contiguous() or not ids_T.is_contiguous():
+            raise ValueError(f"the table and the ids must be contiguous: {_describe(table_VH)}, {_describe(ids_T)}")
+        num_tokens, size = len(ids_T), table_VH.shape[1]
+        out_TH = table_VH.new_empty((num_tokens, size))
+        if num_tokens:
+            block = min(1024, triton.next_power_of_2(size))
+            grid = (num_tokens, triton.cdiv(size, block))
+            _embed_kernel[grid](ids_T, table_VH, out_TH, size, BLOCK=block, num_warps=4)
+        return out_TH
+
+    def copy_blocks(self, kv: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
+        blocks.swap_blocks(kv, kv, src_ids, dst_ids)
+
+    def swap_blocks(self, src_pool: Tensor, dst_pool: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
+        blocks.swap_blocks(src_pool, dst_pool, src_ids, dst_ids)
+
+
+SMALL = 2048  # hidden size
+
+
+class TritonFewTokens:
+    """`FewTokenKernels` for GPUs, from `skinny`. Does not see a CPU's tensors: those would be interpreted.
+
+    Measured on an H200, cuBLAS with the kernels beside it is as fast from 3 tokens on, and from 5 for small models, whose
+    time is in the launches.
+    """
+
+    def takes(self, x_TH: Tensor) -> bool:
+        most = 4 if x_TH.shape[1] <= SMALL else 2
+        return x_TH.is_cuda and x_TH.dtype in skinny.DTYPES and 0 < len(x_TH) <= most
+
+    def linear(
+        self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None
+    ) -> Tensor:
+        x_TH, norm = _norm_of_many(x_TH, norm)
+        return skinny.linear(x_TH, weight_OH, bias_O, norm=norm)
+
+    def linear_silu_mul(
+        self,
+        x_TH: Tensor,
+        weight_O2H: Tensor,
+        bias_O2: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+    ) -> Tensor:
+        x_TH, norm = _norm_of_many(x_TH, norm)
+        return skinny.linear_silu_mul(x_TH, weight_O2H, bias_O2, norm=norm)
+
+    def linear_add_(
+        self, x_TH: Tensor, weight_OH: Tensor, residual_TO: Tensor, bias_O: Tensor | None = None
+    ) -> None:  # fmt: skip
+        skinny.linear_add_(x_TH, weight_OH, residual_TO, bias_O)
+
+
+def _norm_of_many(x_TH: Tensor, norm: tuple[Tensor, float] | None) -> tuple[Tensor, tuple[Tensor, float] | None]:
+    """Norms more tokens than each program of a linear layer should norm again; -> x and what is left to do."""
+    if norm is None or len(x_TH) <= skinny.MULTIPLY_ADD:
+        return x_TH, norm
+    return _norm(x_TH, None, *norm), None
+
+
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    _check(x)
+    *outer, size = x.shape
+    if weight.dtype is not x.dtype or weight.shape != (size,) or not weight.is_contiguous():
+        raise ValueError(f"weight must be a contiguous [{size}] of {x.dtype}, is {_describe(weight)}")
+    if len(outer) not in (1, 2) or x.stride(-1) != 1:
+        raise ValueError(f"x must be [T, H] or [T, heads, D] with a contiguous last dimension, is {_describe(x)}")
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    heads, stride_h = (outer[1], x.stride(1)) if len(outer) == 2 else (1, 0)
+    num_rows = outer[0] * heads
+    if num_rows:
+        block = triton.next_power_of_2(size)
+        rows = max(1, min(8, 1024 // block))  # one head alone would leave most threads of a program idle
+        _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
+            x, x if residual is None else residual, weight, out, num_rows, x.stride(0), stride_h, eps,
+            HEADS=heads, SIZE=size, ADD=residual is not None, ROWS=rows, BLOCK=block,
+            num_warps=min(16, max(4, block // 512)), **dependent.options(x.device),
+        )  # fmt: skip
+    return out
+
+
+def _heads(
+    q_TND: Tensor | None,
+    k_TKD: Tensor,
+    v_TKD: Tensor | None,
+    *,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    cache: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Launches `_heads_kernel`. norm: weights of q and of k, and eps. rotary: cos_sin and positions. cache: kv and slots."""
+    _check(k_TKD)
+    num_tokens, kv_heads, size = k_TKD.shape
+    for x in (q_TND, k_TKD, v_TKD):
+        if x is not None and (
+            x.dtype is not k_TKD.dtype or len(x) != num_tokens or x.shape[2] != size or x.stride(2) != 1
+        ):
+            raise ValueError(f"q, k and v don't match: {_describe(x)}, {_describe(k_TKD)}")
+    half = size // 2
+    # What a flag leaves out still needs an argument of the same type: any tensor of it will do.
+    q, v = (k_TKD if x is None else x for x in (q_TND, v_TKD))
+    kv, slots, block_size, block_stride = k_TKD, k_TKD, 1, 0
+    if cache is not None:
+        kv, slots = cache
+        block_stride, *inner = kv.stride()
+        _, two, _, block_size, _ = kv.shape
+        expected = [kv_heads * block_size * size, block_size * size, size, 1]
+        if two != 2 or inner != expected or slots.shape != (num_tokens,):
+            raise ValueError(f"a layer's cache must be a view pool[:, layer] of a contiguous pool: {_describe(kv)}")
+        _check(kv)
+    cos_sin, positions = k_TKD, k_TKD
+    if rotary is not None:
+        cos_sin, positions = rotary
+        half = cos_sin.shape[1] // 2
+        if cos_sin.dtype is not torch.float32 or not cos_sin.is_contiguous() or 2 * half > size:
+            raise ValueError(f"cos_sin must be a contiguous fp32 [P, R], R even, <= {size}: {_describe(cos_sin)}")
+        if positions.shape != (num_tokens,):
+            raise ValueError(f"positions must be [{num_tokens}]: {_describe(positions)}")
+    q_weight, k_weight, eps = norm or (k_TKD, k_TKD, 0.0)
+    if not num_tokens:
+        return
+    q_heads = 0 if q_TND is None else q.shape[1]
+    num_groups = triton.cdiv(q_heads, _HEADS) + triton.cdiv(kv_heads, _HEADS) * (1 if v_TKD is None else 2)
+    _heads_kernel[(num_tokens, num_groups)](
+        q, k_TKD, v, kv, cos_sin, positions, slots, q_weight, k_weight,
+        q.stride(0), q.stride(1), k_TKD.stride(0), k_TKD.stride(1), v.stride(0), v.stride(1), block_stride, eps,
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, SIZE=size, HALF=half, BLOCK_SIZE=block_size, NORM=norm is not None,
+        ROTATE=rotary is not None, WRITE=cache is not None, HEADS=_HEADS, HALF_BLOCK=triton.next_power_of_2(half),
+        REST_BLOCK=triton.next_power_of_2(max(1, size - 2 * half)), num_warps=1, **dependent.options(k_TKD.device),
+    )  # fmt: skip
+
+
+def _check(x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"Triton kernels take fp32, bf16 or fp16, not {_describe(x)}")
+
+
+def _describe(x: Tensor) -> str:
+    return f"{list(x.shape)} {x.dtype} strides {list(x.stride())} on {x.device}"

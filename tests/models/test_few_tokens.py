@@ -1,0 +1,34 @@
+"""The model's way for few tokens, with the torch twins of its kernels, gives the logits of the usual way."""
+
+import json
+
+import pytest
+import torch
+
+from quire.kernels.torch_ops import TorchFewTokens
+from support import TINY_CONFIG
+
+
+class OnlyFew(TorchFewTokens):
+    """Takes at most 16 tokens; counts how often."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def takes(self, x_TH):
+        self.taken += len(x_TH) <= 16
+        return len(x_TH) <= 16
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}], ids=str)
+def test_few_tokens_have_the_usual_logits(paged_model, tmp_path, monkeypatch, changes):
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | changes))
+    few = OnlyFew()
+    logits = []
+    for operations in (None, few):
+        model = paged_model(str(tmp_path), dtype="float32", load_format="dummy")
+        monkeypatch.setattr(model.kernels, "few", operations)
+        steps = [{0: list(range(3, 30)), 1: [5, 6]}, {0: [7], 1: [9]}, {1: [2, 8, 4]}]
+        logits.append(torch.cat([rows for step in steps for rows in model.step(step).values()]))
+    assert few.taken == 2
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)

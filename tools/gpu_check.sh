@@ -1,0 +1,33 @@
+#!/bin/sh
+# On a machine with a GPU, from the repository's root: the GPU tests of kernels and engine, then time per decoded token with
+# graphs and without. About two minutes, all steps under a time limit. Logs go to $OUT (default /tmp).
+#
+# The golden answers are needed beside the repository, at ../shared/data/models/stories260K; a copy that was carried along in
+# .pocket/stories260K is put there.
+set -u
+OUT=${OUT:-/tmp}
+export PYTHONPATH=src:tests TOKENIZERS_PARALLELISM=false
+if [ -d .pocket/stories260K ] && [ ! -d ../shared/data/models/stories260K ]; then
+    mkdir -p ../shared/data/models && cp -r .pocket/stories260K ../shared/data/models/
+fi
+
+run_tests() { # name, files
+    name=$1
+    shift
+    timeout -s INT 85 python3 -m pytest -q -m gpu --tb=short --maxfail=8 -o filterwarnings=default -p no:cacheprovider \
+        --durations=3 "$@" >"$OUT/$name.log" 2>&1
+}
+run_tests kernels tests/kernels/test_triton.py &
+run_tests engine tests/engine/test_gpu.py &
+wait
+for name in kernels engine; do
+    echo "== $name"
+    tail -n 45 "$OUT/$name.log" | cut -c1-180
+done
+
+for shape in qwen3-0.6b llama-3.1-8b; do
+    echo "== $shape"
+    COLUMNS=150 timeout -s INT 50 python3 -m quire bench decode --shape $shape --dtype bfloat16 --max-num-seqs 16 --swap-space 0 \
+        --input-len 512 --output-len 256 --repeat 2 --json "$OUT/decode-$shape.json" >"$OUT/decode-$shape.log" 2>&1
+    tail -n 45 "$OUT/decode-$shape.log" | cut -c1-200
+done
