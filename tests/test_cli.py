@@ -14,8 +14,8 @@ from quire.config import EngineConfig
 from quire.errors import ConfigError
 from quire.sampling_params import SamplingParams
 
-# Those of SamplingParams that are no options: the engine's seed serves, the job decides, and best_of is only n again.
-NO_OPTIONS = {"seed", "output_kind", "best_of"}
+# Those of SamplingParams that are no options: the engine's seed serves, and the job decides.
+NO_OPTIONS = {"seed", "output_kind"}
 
 
 def parse(*argv):
@@ -100,6 +100,16 @@ def test_sampling_option(argv, name, value):
     assert params == dataclasses.replace(defaults, **{name: value})
 
 
+def test_beam_search_options():
+    args = parse(
+        "--model", "m", "--use-beam-search", "--best-of", "4", "--early-stopping", "never", "--length-penalty=2"
+    )
+    expected = SamplingParams(use_beam_search=True, best_of=4, early_stopping="never", length_penalty=2.0)
+    assert cli.sampling_params_from(args) == expected
+    for word, value in (("yes", True), ("no", False)):
+        assert cli.sampling_options_from(parse("--model", "m", "--early-stopping", word)) == {"early_stopping": value}
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -111,6 +121,8 @@ def test_sampling_option(argv, name, value):
         (["--dtype", "int3"], "dtype='int3' is not one of auto, float32"),
         (["--logit-bias", "[1]"], "argument --logit-bias: '[1]' is not a JSON object"),
         (["--stop-token-ids", "1;2"], "argument --stop-token-ids: '1;2' is not a list"),
+        (["--early-stopping", "soon"], "argument --early-stopping: 'soon' is not one of yes, no, never"),
+        (["--best-of", "2", "--n", "3"], "best_of must be at least n"),
         (["--top-p", "2"], "top_p must be a finite number"),
         (["--json", "-"], "cannot both go to stdout"),
     ],

@@ -1,4 +1,4 @@
-"""The command line: `quire generate`, `serve`, `chat`, `bench`. Words become options here, errors one line.
+"""The command line: `quire generate`, `serve`, `chat`, `explain`, `bench`. Words become options here, errors one line.
 
 Options of the engine and of sampling are made from the fields of `EngineConfig` and `SamplingParams`, so that a new field
 is an option as soon as `ENGINE_HELP` or `SAMPLING_HELP` explains it. Every command shares them through `add_engine_arguments`
@@ -31,8 +31,8 @@ from quire import config
 from quire.config import EngineConfig
 from quire.errors import ConfigError, QuireError
 from quire.sampling_params import SamplingParams
+from quire.server.options import CHOICES, ServerOptions
 from quire.server.options import HELP as SERVER_HELP
-from quire.server.options import LOG_FORMATS, ServerOptions
 from quire.version import __version__
 
 if TYPE_CHECKING:
@@ -55,16 +55,19 @@ ENGINE_HELP = {
     "attention_backend": "auto takes the fastest that can do it; reference is slow, plain torch",
     "max_model_len": "most tokens of a sequence, prompt and answer together (default: the model's limit)",
     "max_num_seqs": "most sequences that run at once",
-    "max_num_batched_tokens": "token budget of one step (default: 2048, or --max-num-seqs if that is more)",
+    "max_num_batched_tokens": "token budget of one step (default: 2048, on a GPU 8192; or --max-num-seqs if that is more)",
     "max_steps_in_flight": "steps planned before the first has come back (default: 1 on a CPU, 2 on a GPU)",
+    "step_target_ms": "milliseconds that a step with decoding requests may take: long prompts are read in chunks that fit "
+    "(default: any time)",
+    "client_weights": 'JSON object: names of API keys, and how much token time each gets beside the others: {"key-1": 2}',
     "max_logprobs": "most alternatives that a request may ask to see at each position",
     "block_size": "tokens in a block of the KV cache",
     "gpu_memory_utilization": "share of the memory that weights, activations and KV cache may take together "
     "(default: 0.9 of a GPU's, 0.4 of what a CPU's machine has available)",
     "num_gpu_blocks_override": "have so many KV blocks instead of as many as fit, on a CPU too",
     "swap_space": "GiB of host memory for the KV blocks of preempted sequences",
-    "preemption_mode": "what to do with the KV blocks of a sequence that must make room; auto recomputes single sequences "
-    "and swaps forked ones",
+    "preemption_mode": "what to do with the KV blocks of a request that must make room: swap or recompute; forks swaps what "
+    "has several sequences and recomputes the rest, auto does what takes less time, by the measured rates",
     "enable_prefix_caching": "keep the blocks of finished sequences for later prompts that begin alike",
     "enforce_eager": "use no graphs; on a CPU there are none",
     "num_threads": "threads of a CPU's kernels (default: one for each core, or one in all for a model of a few megabytes)",
@@ -79,6 +82,11 @@ ENGINE_CHOICES = {
 }
 SAMPLING_HELP = {
     "n": "answers to each prompt",
+    "best_of": "answers to make, of which the --n likeliest are given; with --use-beam-search, its width",
+    "use_beam_search": "keep the --best-of (or --n) likeliest answers at each token, instead of drawing",
+    "length_penalty": "of a beam search: an answer's log probability is divided by its length to this power",
+    "early_stopping": "of a beam search: yes ends it when as many answers are finished as it is wide, no when a better one "
+    "is unlikely, never when none is possible",
     "temperature": "0 takes the likeliest token each time; higher is more random",
     "top_p": "draw from the fewest likeliest tokens whose probabilities sum up to this",
     "top_k": "draw from this many likeliest tokens; 0 is all",
@@ -167,7 +175,12 @@ def _add_option(
         text += f" (default: {shown})"
     text = text.replace("%", "%%")
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if bool in kinds:
+    if bool in kinds and str in kinds:
+        words = {"yes": True, "no": False, "never": "never"}
+        group.add_argument(
+            flag, type=functools.partial(_one_of, words), default=default, help=text, metavar="{yes,no,never}"
+        )
+    elif bool in kinds:
         note = f" (default: {'yes' if shown else 'no'})"
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text + note)
     elif Sequence[str] in kinds:
@@ -182,6 +195,12 @@ def _add_option(
         metavar = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "NAME")
         convert = functools.partial(_or_none, kind) if type(None) in kinds else kind
         group.add_argument(flag, type=convert, default=default, help=text, metavar=metavar, required=required)
+
+
+def _one_of(words: Mapping[str, Any], text: str) -> Any:
+    if text not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(words)}")
+    return words[text]
 
 
 def _or_none(kind: Callable[[str], Any], text: str) -> Any:
@@ -335,9 +354,14 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     group = parser.add_argument_group("server")
     types = get_type_hints(ServerOptions)
     for field in dataclasses.fields(ServerOptions):
-        choices = LOG_FORMATS if field.name == "log_format" else None
+        choices = CHOICES.get(field.name)
         default = None if field.default == () else field.default
         _add_option(group, field.name, types[field.name], SERVER_HELP[field.name], default=default, choices=choices)
+    group.add_argument(
+        "--enable-auto-tool-choice",
+        action="store_true",
+        help="taken for vLLM's sake: tools are always the model's choice",
+    )
     add_engine_arguments(parser, model_required=False)
     parser.set_defaults(run=_serve, parser=parser)
 
@@ -345,6 +369,8 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
 def _serve(args: argparse.Namespace) -> int:
     if args.api_key is None and (keys := os.environ.get("QUIRE_API_KEY")):
         args.api_key = [key.strip() for key in keys.split(",")]
+    if args.api_keys_file is None:
+        args.api_keys_file = os.environ.get("QUIRE_API_KEYS_FILE") or None
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(ServerOptions)}
     chosen = ServerOptions(**{name: value for name, value in options.items() if value is not None})
     config = engine_config_from(args, model=_model_to_serve(args))
@@ -417,6 +443,34 @@ def parse_sampling_setting(name: str, value: str) -> dict[str, Any]:
     options = sampling_options_from(parser.parse_args(words))
     SamplingParams(**options)
     return options
+
+
+# -- quire explain -----------------------------------------------------------------------------------------------------------
+def _add_explain(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="tell why a request took its time",
+        description="Asks a server why a request took its time: one that runs, or one of the last 512 that did. REQUEST_ID is "
+        "its answer's id, or the x-request-id of its response.",
+    )
+    parser.add_argument("request_id", metavar="REQUEST_ID")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: http://127.0.0.1:8000)")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="the one of the request (default: the environment's QUIRE_API_KEY)"
+    )
+    parser.add_argument("--json", action="store_true", help="the data, instead of sentences")
+    parser.set_defaults(run=_explain, parser=parser)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from quire import explain
+
+    found = explain.ask(args.url, args.request_id, args.api_key or os.environ.get("QUIRE_API_KEY"))
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        explain.show(found)
+    return 0
 
 
 # -- quire bench -------------------------------------------------------------------------------------------------------------
@@ -497,6 +551,7 @@ def build_parser() -> Parser:
     _add_generate(commands)
     _add_serve(commands)
     _add_chat(commands)
+    _add_explain(commands)
     _add_bench(commands)
     return parser
 

@@ -24,6 +24,7 @@ COUNTERS = {
         "computed_tokens",
     ),
     *("prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens"),
+    *("forked_requests", "client_prompt_tokens", "client_generation_tokens"),
     *("request_success", "request_errors", "request_aborts", "engine_restarts"),
 }
 HISTOGRAMS = {

@@ -31,6 +31,7 @@ def test_names_of_vllm_with_our_prefix(http: httpx.Client) -> None:
         "gauge": ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"],
         "counter": [
             *("num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens"),
+            *("client_generation_tokens", "client_prompt_tokens", "forked_requests"),
             *("request_success", "preemptions", "swapped_blocks", "copied_blocks", "recomputed_tokens"),
         ],
         "histogram": [
@@ -71,14 +72,19 @@ def test_slots_and_tokens_add_up(server: Any) -> None:
 
 def test_preemptions_by_kind(make_server: Callable[..., Any]) -> None:
     """Too few blocks for all that run: some make room, by recomputation and by swapping, and are answered all the same."""
-    server = make_server("--num-gpu-blocks-override", "24", "--max-model-len", "256")
+    server = make_server("--num-gpu-blocks-override", "24", "--max-model-len", "256", "--preemption-mode", "forks")
     with server.http() as http:
         body = {"prompt": ["one", "two", "three", "four"], "max_tokens": 120, "ignore_eos": True}
         for n in (1, 2):
             found = http.post("/v1/completions", json={**body, "n": n}).json()
             assert found["usage"]["completion_tokens"] == 4 * n * 120
     counts = server.wait_until_empty()
-    by_kind = {kind: counts[f'quire:preemptions_total{{kind="{kind}"}}'] for kind in ("recompute", "swap")}
+    told = {name: count for name, count in counts.items() if name.startswith("quire:preemptions_total{")}
+    assert all('cause="' in name and 'reason="' in name for name in told)
+    assert sum(count for name, count in told.items() if 'cause="out of blocks"' in name) == sum(told.values())
+    by_kind = {
+        kind: sum(count for name, count in told.items() if f'kind="{kind}"' in name) for kind in ("recompute", "swap")
+    }
     assert min(by_kind.values()) > 0
     assert counts["quire:num_preemptions_total"] == sum(by_kind.values())
     assert counts["quire:recomputed_tokens_total"] > 0

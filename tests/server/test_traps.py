@@ -1,4 +1,7 @@
-"""The twelve traps of OpenAI-compatible servers, each a test, by the official client where it can say it."""
+"""The twelve traps of OpenAI-compatible servers, each a test, by the official client where it can say it.
+
+6 and 7, which are about tool calls, are in test_tools.py, where a model makes them.
+"""
 
 import asyncio
 from typing import Any
@@ -95,19 +98,6 @@ def test_5_logprobs_without_alternatives(client: openai.OpenAI) -> None:
     content = done.choices[0].logprobs.content  # type: ignore[union-attr]
     assert content is not None and [len(token.top_logprobs) for token in content] == [2, 2, 2]
     assert all(token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob for token in content)
-
-
-@pytest.mark.parametrize("choice", [None, "auto", "required"])
-def test_6_and_7_tools_are_refused_by_name_not_ignored(client: openai.OpenAI, choice: Any) -> None:
-    tools: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    options = {} if choice is None else {"tool_choice": choice}
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="tiny", messages=HELLO, tools=tools, **options)
-    assert caught.value.param == "tools"
-    done = client.chat.completions.create(
-        model="tiny", messages=HELLO, tools=tools, tool_choice="none", max_tokens=2, extra_body=GO_ON
-    )
-    assert done.choices[0].finish_reason == "length"
 
 
 def test_8_a_seed_reproduces_whatever_else_runs(server: Any) -> None:

@@ -1,6 +1,6 @@
 """The application: which path is answered by what. Start reading here.
 
-Gate (id, key, size, log) ──> route ──> completions.py / chat.py ──> generation.py ──> EngineClient
+Gate (id, key, size, log) ──> route ──> completions.py, chat.py, fork.py ──> generation.py ──> EngineClient
                                  errors.py: whatever goes wrong, in one form
 """
 
@@ -16,11 +16,20 @@ from quire.engine.client import Health
 from quire.server import errors
 from quire.server.chat import create_chat_completion, encode_chat
 from quire.server.completions import create_completion
-from quire.server.errors import SERVER, ApiError
+from quire.server.errors import SERVER, ApiError, no_such_request
+from quire.server.fork import create_fork
 from quire.server.gate import Gate
-from quire.server.generation import Service
+from quire.server.generation import Service, engine_id
+from quire.server.keys import Keys
 from quire.server.logs import RequestLog, RequestRecord
-from quire.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
+from quire.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ErrorBody,
+    ForkRequest,
+    TokenizeRequest,
+)
 from quire.version import __version__
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -29,7 +38,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service) -> Gate:
+def create_app(service: Service, keys: Keys) -> Gate:
     """The whole application around one served model."""
     app = FastAPI(
         title="Quire",
@@ -41,6 +50,7 @@ def create_app(service: Service) -> Gate:
     )
     errors.install(app)
     _add_generation(app, service)
+    _add_requests(app, service, hides_others=len(keys.names) > 1)
     _add_models(app, service)
     _add_tokens(app, service)
     _add_state(app, service)
@@ -55,7 +65,7 @@ def create_app(service: Service) -> Gate:
             service.metrics.errors[str(record.status)] += 1
         log.write(record)
 
-    return Gate(app, keys=options.api_key, max_body_bytes=options.max_body_bytes, on_end=on_end, clock=service.clock)
+    return Gate(app, keys=keys.keys, max_body_bytes=options.max_body_bytes, on_end=on_end, clock=service.clock)
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
@@ -68,6 +78,34 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Continues a conversation."""
         return await create_chat_completion(service, body, request)
+
+
+def _add_requests(app: FastAPI, service: Service, *, hides_others: bool) -> None:
+    @app.post("/v1/fork", response_class=JSONResponse)
+    async def fork(body: ForkRequest, request: Request) -> Response:
+        """Branches of a completion that runs."""
+        return await create_fork(service, body, request)
+
+    @app.delete("/v1/requests/{request_id}")
+    async def delete(request_id: str, request: Request) -> dict[str, Any]:
+        """Ends a request or a branch: it is told what there is, with the finish_reason "abort"."""
+        found = service.running(request_id, request.state.record.owner)
+        ended = [await service.client.abort(job.request_id) for job in found.jobs]
+        if not any(ended):
+            raise no_such_request(request_id)
+        return {"id": request_id, "object": "request", "deleted": True}
+
+    @app.get("/v1/requests/{request_id}/explain")
+    async def explain(request_id: str, request: Request) -> dict[str, Any]:
+        """Why a request took its time: one that runs, or one of the last that did."""
+        internal = engine_id(request_id)
+        if internal is None:
+            raise no_such_request(request_id)
+        owner = request.state.record.owner
+        found = await service.client.explain(internal, owner, with_others=not hides_others)
+        if found is None:
+            raise no_such_request(request_id)
+        return found
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -18,6 +19,8 @@ from quire.server.generation import FINGERPRINT, THREAD_CHARS, Generation, Job, 
 from quire.server.logprobs import chat_logprobs, prompt_logprobs
 from quire.server.protocol import ChatRequest, TokenizeRequest
 from quire.server.streaming import DONE, ClientGoneError, GoneResponse, event, start_stream, unless_gone
+from quire.server.tool_text import Marks
+from quire.server.tools import FORMATS, Event, ToolFormat, ToolReader, format_of, gather
 
 # Variables of chat templates that requests may set: switches that models document. Operators can add to them.
 TEMPLATE_VARIABLES = frozenset({"enable_thinking", "thinking", "open_thinking", "reasoning_effort"})
@@ -30,7 +33,9 @@ async def create_chat_completion(service: Service, body: ChatRequest, http: Requ
     service.check_model(body.model)
     body.refuse_what_is_missing()
     try:
-        answer = _Answer(service, body, record, await unless_gone(http.receive, _prepare(service, body, record)))
+        tools = _Tools.of(service, body)
+        job = await unless_gone(http.receive, _prepare(service, body, record, tools))
+        answer = _Answer(service, body, record, job, tools)
         if body.stream:
             record.is_streamed = True
             return await start_stream(http.receive, answer.events(), record)
@@ -41,8 +46,58 @@ async def create_chat_completion(service: Service, body: ChatRequest, http: Requ
     return Response(msgspec.json.encode(found), media_type="application/json")
 
 
-async def encode_chat(service: Service, body: ChatRequest | TokenizeRequest) -> tuple[str, list[int]]:
-    """The prompt that the model's chat template makes of the messages, and its tokens."""
+@dataclass(frozen=True, slots=True)
+class _Tools:
+    """How the answers to one request call tools.
+
+    opening: what they begin with, so that they must; it stands at the end of the prompt. is_named: by the request's will.
+    hidden: special tokens whose text is taken out here, since the markers of calls are special tokens too.
+    """
+
+    form: ToolFormat
+    opening: str
+    is_named: bool
+    only_first: bool
+    hidden: Marks | None = None
+    keeps_special_tokens: bool = False
+
+    @classmethod
+    def of(cls, service: Service, body: ChatRequest) -> _Tools | None:
+        """None if the request offers no tools. Raises ApiError if the model cannot be offered any."""
+        offered = body.offered_tools
+        if not offered:
+            return None
+        tokenizer = service.need_tokenizer("tools", "tools")
+        parser = service.options.tool_call_parser
+        template = tokenizer.chat_template_text(body.chat_template, with_tools=True)
+        form = format_of(template) if parser == "auto" else FORMATS.get(parser)
+        if form is None:
+            reason = (
+                "this server runs with --tool-call-parser none"
+                if parser == "none"
+                else "the chat template of this model teaches no form of tool calls that is known here (its operator can "
+                "choose one: --tool-call-parser)"
+            )
+            raise ApiError(400, f"no tools can be called: {reason}", param="tools", code="unsupported_parameter")
+        is_named = body.named_tool is not None
+        opening = ""
+        if is_named or body.tool_choice == "required":
+            name = body.named_tool or (offered[0].function.name if len(offered) == 1 else None)
+            opening = form.opening(name)
+        special = {tokenizer.token(token_id) or "" for token_id in tokenizer.special_ids} - {""}
+        markers = {form.opener, form.closer}
+        keeps = bool(special & markers)
+        hidden = Marks(special - markers) if keeps and body.skip_special_tokens is not False else None
+        return cls(form, opening, is_named, is_named or body.parallel_tool_calls is False, hidden, keeps)
+
+    def reader(self) -> ToolReader:
+        return ToolReader(self.form, only_first=self.only_first, hidden=self.hidden, opening=self.opening)
+
+
+async def encode_chat(
+    service: Service, body: ChatRequest | TokenizeRequest, opening: str = ""
+) -> tuple[str, list[int]]:
+    """The prompt that the model's chat template makes of the messages, with `opening` behind it, and its tokens."""
     tokenizer = service.need_tokenizer("chat", "messages")
     variables = dict(body.chat_template_kwargs or {})
     allowed = TEMPLATE_VARIABLES.union(service.options.chat_template_kwarg)
@@ -67,19 +122,22 @@ async def encode_chat(service: Service, body: ChatRequest | TokenizeRequest) -> 
     goes_on = bool(body.continue_final_message)
     begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
     messages = body.messages or []
+    tools = [tool.for_template() for tool in body.offered_tools]
 
     def render() -> tuple[str, list[int]]:
         text = tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=begins,
             continue_final_message=goes_on,
+            tools=tools,
             chat_template=body.chat_template,
             **variables,
         )
+        text += opening
         return text, tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens))
 
     try:
-        size = sum(len(str(message.get("content"))) for message in messages)
+        size = sum(len(str(message.get("content"))) for message in messages) + len(str(tools))
         return await asyncio.to_thread(render) if size > THREAD_CHARS else render()
     except RequestError as error:
         raise rename(error, {"prompt": "messages"}) from error
@@ -95,7 +153,7 @@ def _renamed(body: ChatRequest) -> Mapping[str, str]:
     return {"prompt": "messages", "logprobs": "top_logprobs", "max_tokens": most}
 
 
-async def _prepare(service: Service, body: ChatRequest, record: Any) -> Job:
+async def _prepare(service: Service, body: ChatRequest, record: Any, tools: _Tools | None) -> Job:
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
@@ -104,8 +162,10 @@ async def _prepare(service: Service, body: ChatRequest, record: Any) -> Job:
     if body.stream and body.prompt_logprobs is not None:
         raise ApiError(400, "prompt_logprobs cannot be streamed", param="prompt_logprobs")
     instead = {"max_tokens": asked, "logprobs": (body.top_logprobs or 0) if body.logprobs else None}
+    if tools and tools.keeps_special_tokens:
+        instead["skip_special_tokens"] = False
     params = service.sampling_params(body, _renamed(body), **instead)
-    text, token_ids = await encode_chat(service, body)
+    text, token_ids = await encode_chat(service, body, tools.opening if tools else "")
     token_ids = service.fit(token_ids, asked, body, "messages")
     return Job(0, f"{record.request_id}-0", text, token_ids, params, body.priority or 0, body.cache_salt)
 
@@ -113,10 +173,12 @@ async def _prepare(service: Service, body: ChatRequest, record: Any) -> Job:
 class _Answer:
     """One call's answer: n messages to the same conversation."""
 
-    def __init__(self, service: Service, body: ChatRequest, record: Any, job: Job) -> None:
+    def __init__(self, service: Service, body: ChatRequest, record: Any, job: Job, tools: _Tools | None) -> None:
         self._service = service
         self._body = body
         self._job = job
+        self._tools = tools
+        self._readers: dict[int, ToolReader] = {}  # by choice
         self._run = Generation(service, record, [job], _renamed(body))
         self._id = "chatcmpl-" + record.request_id.removeprefix("req-")
 
@@ -124,12 +186,18 @@ class _Answer:
         (output,) = await self._run.results()
         choices = []
         for completion in output.outputs:
+            content, calls = gather(self._read(completion))
             message: dict[str, Any] = {
                 "role": "assistant",
-                "content": completion.text,
+                "content": None if calls and not content else content,
                 "refusal": None,
                 "annotations": [],
             }
+            if calls:
+                message["tool_calls"] = [
+                    self._call(completion.index, index, name, arguments)
+                    for index, (name, arguments) in enumerate(calls)
+                ]
             choices.append({**self._choice(completion), "message": message})
         found = {**self._head("chat.completion"), "choices": choices, "usage": self._run.usage}
         if self._body.prompt_logprobs is not None:
@@ -179,24 +247,61 @@ class _Answer:
         return choice
 
     def _pieces(self, completion: CompletionOutput) -> Sequence[dict[str, Any]]:
-        """The chunks for what is new: text if there is any to show, then the end if this is it."""
+        """The chunks for what is new: text and calls if there are any to show, then the end if this is it."""
+        deltas = [self._delta(completion.index, event) for event in self._read(completion)]
         choice = self._choice(completion)
-        is_last = completion.finish_reason is not None
-        end = {**choice, "delta": {}}
-        if not (completion.text or choice["logprobs"] or "token_ids" in choice):
-            return [end] if is_last else []  # the text is held back: half a character, or what may become a stop string
-        piece = {**choice, "delta": {"content": completion.text}, "finish_reason": None, "stop_reason": None}
-        if "token_ids" in end:
-            end["token_ids"] = []
-        return [piece, {**end, "logprobs": None}] if is_last else [piece]
+        if not deltas and (choice["logprobs"] or "token_ids" in choice):
+            # the text is held back: half a character, or what may become a stop string or a call
+            deltas = [{"content": ""}]
+        pieces = [{**choice, "delta": delta, "finish_reason": None, "stop_reason": None} for delta in deltas]
+        if completion.finish_reason is not None:
+            pieces.append({**choice, "delta": {}})
+        for piece in pieces[1:]:  # tokens are told once
+            piece["logprobs"] = None
+            if "token_ids" in piece:
+                piece["token_ids"] = []
+        return pieces
+
+    def _read(self, completion: CompletionOutput) -> Sequence[Event]:
+        """What is new of text and calls."""
+        if self._tools is None:
+            return [completion.text] if completion.text else []
+        reader = self._readers.get(completion.index)
+        if reader is None:
+            reader = self._readers[completion.index] = self._tools.reader()
+        events = reader.feed(completion.text)
+        return events if completion.finish_reason is None else [*events, *reader.finish()]
+
+    def _delta(self, choice: int, event: Event) -> dict[str, Any]:
+        if isinstance(event, str):
+            return {"content": event}
+        if event.name is None:
+            return {"tool_calls": [{"index": event.index, "function": {"arguments": event.arguments}}]}
+        call = self._call(choice, event.index, event.name, event.arguments)
+        return {"tool_calls": [{"index": event.index, **call}]}
+
+    def _call(self, choice: int, index: int, name: str, arguments: str) -> dict[str, Any]:
+        assert self._tools is not None
+        call_id = self._tools.form.call_id(self._id, choice, index)
+        return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+    def _finish_reason(self, completion: CompletionOutput) -> str | None:
+        """That the model ended by itself is told as "tool_calls" if it has called; but as "stop", as OpenAI does, where the
+        request named the function and there was nothing to decide."""
+        reader = self._readers.get(completion.index)
+        if reader is None or self._tools is None or self._tools.is_named or completion.finish_reason != "stop":
+            return completion.finish_reason
+        return "tool_calls" if reader.num_calls else "stop"
 
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": completion.index,
             "logprobs": None,
-            "finish_reason": completion.finish_reason,
+            "finish_reason": self._finish_reason(completion),
             "stop_reason": completion.stop_reason,
         }
+        if completion.beam_score is not None:
+            choice["beam_score"], choice["cumulative_logprob"] = completion.beam_score, completion.cumulative_logprob
         if completion.logprobs and self._service.tokenizer is not None:
             choice["logprobs"] = chat_logprobs(
                 self._service.tokenizer, completion.token_ids, completion.logprobs, self._body.top_logprobs or 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from quire.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from quire.server.errors import ApiError
 from quire.server.generation import FINGERPRINT, Generation, Job, Service
 from quire.server.logprobs import CompletionLogprobs, prompt_logprobs
+from quire.server.logs import RequestRecord
 from quire.server.protocol import CompletionRequest
 from quire.server.streaming import DONE, ClientGoneError, GoneResponse, event, start_stream, unless_gone
 
@@ -27,15 +29,20 @@ async def create_completion(service: Service, body: CompletionRequest, http: Req
     service.check_model(body.model)
     body.refuse_what_is_missing()
     try:
-        answer = _Answer(service, body, record, await unless_gone(http.receive, _prepare(service, body, record)))
-        if body.stream:
-            record.is_streamed = True
-            return await start_stream(http.receive, answer.events(), record)
-        found = await unless_gone(http.receive, answer.whole())
+        jobs = await unless_gone(http.receive, _prepare(service, body, record))
     except ClientGoneError:
         record.error = "the client went away"
         return GoneResponse()
-    return Response(msgspec.json.encode(found), media_type="application/json")
+    form = Form(
+        echo=bool(body.echo),
+        logprobs=body.logprobs,
+        prompt_logprobs=body.prompt_logprobs is not None,
+        token_ids=bool(body.return_token_ids),
+        usage=body.includes_usage,
+        is_scoring=body.max_tokens == 0,
+    )
+    run = Generation(service, record, jobs, _renamed(body), hidden=form.is_scoring)
+    return await respond(TextAnswer(service, run, record, form), http, is_streamed=bool(body.stream))
 
 
 async def _prepare(service: Service, body: CompletionRequest, record: Any) -> list[Job]:
@@ -79,16 +86,40 @@ def _renamed(body: CompletionRequest) -> dict[str, str]:
     return {"prompt_logprobs": "logprobs"} if body.echo and body.prompt_logprobs is None else {}
 
 
-class _Answer:
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What an answer is to hold. is_scoring: a prompt alone is scored, by drawing one token of which nobody is told."""
+
+    echo: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    token_ids: bool = False
+    usage: bool = False  # in a stream
+    is_scoring: bool = False
+
+
+async def respond(answer: TextAnswer, http: Request, *, is_streamed: bool) -> Response:
+    """Gives the answer, and gives it up when its client goes away."""
+    record: RequestRecord = http.state.record
+    if is_streamed:
+        record.is_streamed = True
+        return await start_stream(http.receive, answer.events(), record)
+    try:
+        found = await unless_gone(http.receive, answer.whole())
+    except ClientGoneError:
+        record.error = "the client went away"
+        return GoneResponse()
+    return Response(msgspec.json.encode(found), media_type="application/json")
+
+
+class TextAnswer:
     """One call's answer. Choice i of prompt p has the index p · n + i."""
 
-    def __init__(self, service: Service, body: CompletionRequest, record: Any, jobs: list[Job]) -> None:
+    def __init__(self, service: Service, run: Generation, record: RequestRecord, form: Form) -> None:
         self._service = service
-        self._body = body
-        self._n = jobs[0].params.n
-        # a prompt alone is scored by drawing one token, which nobody is told of
-        self._is_scoring = body.max_tokens == 0
-        self._run = Generation(service, record, jobs, _renamed(body), hidden=self._is_scoring)
+        self._run = run
+        self._form = form
+        self._n = run.jobs[0].params.n
         self._id = "cmpl-" + record.request_id.removeprefix("req-")
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by index
 
@@ -96,16 +127,16 @@ class _Answer:
         choices = []
         for job, output in zip(self._run.jobs, await self._run.results()):
             for completion in output.outputs:
-                text = (job.text or "") if self._body.echo else ""
+                text = (job.text or "") if self._form.echo else ""
                 choice = self._choice(job, output, completion, text, is_first=True)
-                if self._body.prompt_logprobs is not None:
+                if self._form.prompt_logprobs:
                     choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
                 choices.append(choice)
         return {**self._head(), "choices": choices, "usage": self._run.usage}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         head = self._head()
-        if self._body.includes_usage:
+        if self._form.usage:
             head["usage"] = None
         begun: set[int] = set()
         async with aclosing(self._run.outputs()) as outputs:
@@ -115,13 +146,13 @@ class _Answer:
                     index = job.number * self._n + completion.index
                     is_first = index not in begun
                     begun.add(index)
-                    text = (job.text or "") if self._body.echo and is_first else ""
+                    text = (job.text or "") if self._form.echo and is_first else ""
                     choice = self._choice(job, output, completion, text, is_first=is_first)
-                    if choice["text"] or choice["logprobs"] or choice["finish_reason"] or self._body.return_token_ids:
+                    if choice["text"] or choice["logprobs"] or choice["finish_reason"] or self._form.token_ids:
                         events.append(event({**head, "choices": [choice]}))
                 if events:
                     yield b"".join(events)
-        if self._body.includes_usage:
+        if self._form.usage:
             yield event({**head, "choices": [], "usage": self._run.usage})
         yield DONE
 
@@ -141,7 +172,7 @@ class _Answer:
         index = job.number * self._n + completion.index
         finish_reason: str | None = completion.finish_reason
         token_ids, found = list(completion.token_ids), completion.logprobs
-        if self._is_scoring:
+        if self._form.is_scoring:
             token_ids, found = [], None
             finish_reason = "length" if finish_reason else None
         else:
@@ -151,9 +182,13 @@ class _Answer:
             "text": text,
             "logprobs": self._logprobs_of(index, job, output, token_ids, found, is_first),
             "finish_reason": finish_reason,
-            "stop_reason": None if self._is_scoring else completion.stop_reason,
+            "stop_reason": None if self._form.is_scoring else completion.stop_reason,
         }
-        if self._body.return_token_ids:
+        if completion.beam_score is not None:
+            choice["beam_score"], choice["cumulative_logprob"] = completion.beam_score, completion.cumulative_logprob
+        if job.branch is not None:
+            choice["request_id"] = job.request_id
+        if self._form.token_ids:
             choice["token_ids"] = token_ids
             choice["prompt_token_ids"] = job.token_ids if is_first else None
         return choice
@@ -167,12 +202,12 @@ class _Answer:
         found: Sequence[TokenLogprobs] | None,
         is_first: bool,
     ) -> dict[str, Any] | None:
-        if self._body.logprobs is None:
+        if self._form.logprobs is None:
             return None
         tokenizer = self._service.need_tokenizer("logprobs", "logprobs")
-        writer = self._logprobs.setdefault(index, CompletionLogprobs(tokenizer, self._body.logprobs))
+        writer = self._logprobs.setdefault(index, CompletionLogprobs(tokenizer, self._form.logprobs))
         positions: list[TokenLogprobs | None] = list(found or ())
-        if self._body.echo and is_first:
+        if self._form.echo and is_first:
             token_ids = job.token_ids + token_ids
             positions = list(output.prompt_logprobs or ()) + positions
         return writer.render(token_ids, positions) if token_ids else None

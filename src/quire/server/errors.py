@@ -66,6 +66,17 @@ def context_overflow(message: str, param: str) -> ApiError:
     return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
+def no_such_request(request_id: str) -> ApiError:
+    """Unknown, finished, or another key's: which of these is not told."""
+    return ApiError(
+        404,
+        f"there is no request {request_id[:200]!r} of yours here that runs",
+        kind=NOT_FOUND,
+        param="request_id",
+        code="request_not_found",
+    )
+
+
 def not_supported(what: str, param: str) -> ApiError:
     return ApiError(400, f"{what} is not supported yet", param=param, code="unsupported_parameter")
 

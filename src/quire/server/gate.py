@@ -5,7 +5,6 @@ Plain ASGI, so that nothing stands between a handler and the news that its clien
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import logging
 import time
@@ -17,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.server.errors import AUTHENTICATION, ApiError, as_api_error, error_response
+from quire.server.keys import ApiKey, digest
 from quire.server.logs import RequestRecord
 
 logger = logging.getLogger(__name__)
@@ -25,20 +25,20 @@ OPEN_PATHS = ("/health",)
 
 
 class Gate:
-    """Wraps an application. `keys`: of which a request must bring one, by "Authorization: Bearer …"; none asks for none.
-    `on_end` hears of every request when its answer is out."""
+    """Wraps an application. `keys`: of which a request must bring one, by "Authorization: Bearer …"; none asks for none. The
+    record of a request says by the key's name whose it is. `on_end` hears of every request when its answer is out."""
 
     def __init__(
         self,
         app: ASGIApp,
         *,
-        keys: Sequence[str],
+        keys: Sequence[ApiKey],
         max_body_bytes: int,
         on_end: Callable[[RequestRecord], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._keys = keys
         self._max_body_bytes = max_body_bytes
         self._on_end = on_end
         self._clock = clock
@@ -58,7 +58,7 @@ class Gate:
             await send(message)
 
         try:
-            refusal = self._refuse(scope)
+            refusal = self._refuse(scope, record)
             if refusal is not None:
                 record.error = str(refusal)
                 await error_response(refusal)(scope, receive, send_with_id)
@@ -74,9 +74,11 @@ class Gate:
             record.elapsed_s = self._clock() - record.began_s
             self._on_end(record)
 
-    def _refuse(self, scope: Scope) -> ApiError | None:
+    def _refuse(self, scope: Scope, record: RequestRecord) -> ApiError | None:
         headers = Headers(scope=scope)
-        if self._digests and scope["path"] not in OPEN_PATHS and not self._has_key(headers.get("authorization", "")):
+        owner = self._owner(headers.get("authorization", "")) if self._keys else ""
+        record.owner = owner or ""
+        if owner is None and scope["path"] not in OPEN_PATHS:
             return ApiError(
                 401,
                 'this server asks for an API key: send it as "Authorization: Bearer KEY"',
@@ -89,12 +91,13 @@ class Gate:
             return as_api_error(self._too_large())
         return None
 
-    def _has_key(self, authorization: str) -> bool:
+    def _owner(self, authorization: str) -> str | None:
+        """The name of the key, None without one."""
         scheme, _, key = authorization.partition(" ")
-        given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        given = digest(key.strip())
         # all of them are compared, each in constant time: how long it takes tells nothing
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        matches = [key.name for key in self._keys if hmac.compare_digest(given, key.digest)]
+        return matches[0] if scheme.lower() == "bearer" and matches else None
 
     def _too_large(self) -> HTTPException:
         return HTTPException(413, f"the body has more than {self._max_body_bytes} bytes")

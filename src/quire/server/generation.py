@@ -6,18 +6,28 @@ What completions and chat have in common. Does not know how an answer is written
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from quire.engine.branch import Branch
 from quire.engine.client import EngineClient
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineDeadError, RequestError
 from quire.outputs import RequestOutput
-from quire.sampling_params import RequestOutputKind, SamplingParams
-from quire.server.errors import NOT_FOUND, ApiError, context_overflow, not_supported, queue_full, request_failed
+from quire.sampling_params import RequestOutputKind, SamplingParams, over_recommended
+from quire.server.errors import (
+    NOT_FOUND,
+    ApiError,
+    context_overflow,
+    no_such_request,
+    not_supported,
+    queue_full,
+    request_failed,
+)
 from quire.server.logs import RequestRecord
 from quire.server.metrics import ServerMetrics
 from quire.server.options import ServerOptions
@@ -26,6 +36,30 @@ from quire.version import __version__
 
 FINGERPRINT = f"quire-{__version__}"
 THREAD_CHARS = 4096  # tokenizing more than so many characters would hold up other clients' streams
+
+# An API call is known by its x-request-id, req-HEX; its answer by cmpl-HEX or chatcmpl-HEX. Its requests to the engine are
+# req-HEX-0, req-HEX-1, …: one for each prompt, or for each branch of a fork.
+_PUBLIC_ID = re.compile(r"(?:req|cmpl|chatcmpl)-(?P<call>[0-9a-f]{32})(?:-(?P<number>0|[1-9][0-9]{0,5}))?")
+
+
+def engine_id(request_id: str) -> str | None:
+    """The request to the engine that a client's word for it means, the first of a call's; None if it can be none."""
+    found = _PUBLIC_ID.fullmatch(request_id)
+    return None if found is None else f"req-{found['call']}-{found['number'] or 0}"
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Requests that run, of one API call: all of them, or the one that was named."""
+
+    jobs: Sequence[Job]
+
+    def choice(self, index: int) -> tuple[Job, int]:
+        """Whose is the choice with this index of the answer, and which of its completions? Raises ApiError."""
+        n = self.jobs[0].params.n
+        if index >= n * len(self.jobs):
+            raise ApiError(400, f"index must be below {n * len(self.jobs)}, got {index}", param="index")
+        return self.jobs[index // n], index % n
 
 
 @dataclass(slots=True)
@@ -39,6 +73,9 @@ class Service:
     metrics: ServerMetrics
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
+    calls: dict[str, tuple[str, Sequence[Job]]] = field(
+        default_factory=dict
+    )  # that run, by id: whose, and their requests
 
     @property
     def name(self) -> str:
@@ -58,6 +95,16 @@ class Service:
                 code="model_not_found",
             )
 
+    def running(self, request_id: str, owner: str) -> Running:
+        """By the id that a client knows. Raises ApiError, in the same words for what is unknown, finished, and another's."""
+        found = _PUBLIC_ID.fullmatch(request_id)
+        whose, jobs = self.calls.get(f"req-{found['call']}", ("", ())) if found else ("", ())
+        if found and found["number"] is not None:
+            jobs = jobs[int(found["number"]) :][:1]
+        if not jobs or whose != owner:
+            raise no_such_request(request_id)
+        return Running(jobs)
+
     def need_tokenizer(self, what: str, param: str) -> Tokenizer:
         if self.tokenizer is None:
             raise not_supported(f"{what} without a tokenizer (skip_tokenizer_init left it out)", param)
@@ -76,17 +123,22 @@ class Service:
 
     def sampling_params(self, request: GenerationRequest, renamed: Mapping[str, str], **instead: Any) -> SamplingParams:
         """What was asked for, over what the model recommends. `renamed`: parameter -> the field that it came from."""
-        if request.n is not None and request.n > self.options.max_n:
-            raise ApiError(400, f"n must be at most {self.options.max_n} on this server, got {request.n}", param="n")
+        self.check_count(request.n, "n")
+        self.check_count(request.best_of, "best_of")
         info = self.client.info
         kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
-        options = {**info.recommended, **request.sampling_options(), **instead, "output_kind": kind}
+        options = {**over_recommended(info.recommended, request.sampling_options()), **instead, "output_kind": kind}
         try:
             params = SamplingParams(**options)
             params.verify(vocab_size=info.vocab_size, max_model_len=info.max_model_len, max_logprobs=info.max_logprobs)
         except RequestError as error:
             raise rename(error, renamed) from error
         return params
+
+    def check_count(self, count: int | None, field: str) -> None:
+        if count is not None and count > self.options.max_n:
+            most = self.options.max_n
+            raise ApiError(400, f"{field} must be at most {most} on this server, got {count}", param=field)
 
     def fit(self, token_ids: list[int], asked: int | None, request: GenerationRequest, param: str) -> list[int]:
         """The prompt, cut as asked, if there is room for it and for `asked` tokens more. `param` is the prompt's field."""
@@ -134,7 +186,7 @@ def usage_of(num_prompt: int, num_cached: int, num_output: int) -> dict[str, Any
 
 @dataclass(slots=True)
 class Job:
-    """One request to the engine: the `number`-th prompt of an API call."""
+    """One request to the engine: the `number`-th prompt of an API call, or branch of a fork."""
 
     number: int
     request_id: str
@@ -143,6 +195,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    branch: Branch | None = None  # of a fork, when it has been made; its prompt is known with its first output
     # what was told of it so far
     num_cached: int = 0
     lengths: dict[int, int] = field(default_factory=dict)  # by choice
@@ -151,7 +204,7 @@ class Job:
 
 class Generation:
     """Runs the jobs of one API call. `renamed` as in `Service.sampling_params`; `hidden`: tokens that are not told nor
-    counted, which is how a prompt alone is scored."""
+    counted, which is how a prompt alone is scored; `fork` makes the branches that the jobs are, if that is what they are."""
 
     def __init__(
         self,
@@ -161,6 +214,7 @@ class Generation:
         renamed: Mapping[str, str],
         *,
         hidden: bool = False,
+        fork: Callable[[], Awaitable[list[Branch]]] | None = None,
     ) -> None:
         self.jobs = jobs
         self.created = int(service.wall_clock())
@@ -168,6 +222,7 @@ class Generation:
         self._record = record
         self._renamed = renamed
         self._hidden = hidden
+        self._fork = fork
         record.num_prompts = len(jobs)
         record.num_prompt_tokens = sum(len(job.token_ids) for job in jobs)
         if service.options.log_prompts:
@@ -191,9 +246,15 @@ class Generation:
 
         Raises ApiError, RequestError or EngineDeadError; then all jobs are given up.
         """
-        stream = self._follow(self.jobs[0]) if len(self.jobs) == 1 else self._merge()
+        service, record = self._service, self._record
         is_over = False
+        service.calls[record.request_id] = record.owner, self.jobs
         try:
+            if self._fork is not None:
+                self._make_room(len(self.jobs))
+                for job, branch in zip(self.jobs, await self._fork()):
+                    job.branch = branch
+            stream = self._follow(self.jobs[0]) if len(self.jobs) == 1 else self._merge()
             async with aclosing(stream) as items:
                 async for item in items:
                     yield item
@@ -205,20 +266,34 @@ class Generation:
             is_over = True
             raise
         finally:
+            del service.calls[record.request_id]
+            for job in self.jobs:
+                if job.branch is not None:
+                    await job.branch.close()  # of which nobody may have read anything
             if not is_over:
-                self._service.metrics.aborted += len(self.jobs)
+                service.metrics.aborted += len(self.jobs)
+
+    def _make_room(self, count: int) -> None:
+        """Raises ApiError if so many requests more are too many. Nothing may be awaited between this look and their start, so
+        that a burst cannot slip through."""
+        service = self._service
+        if service.client.num_queued(count) > service.options.max_queue:
+            raise queue_full(service.options.max_queue)
 
     async def _follow(self, job: Job) -> AsyncGenerator[tuple[Job, RequestOutput], None]:
-        service = self._service
-        # nothing is awaited between this look and the first step into `generate`, so that a burst cannot slip through
-        if service.client.num_queued(1) > service.options.max_queue:
-            raise queue_full(service.options.max_queue)
-        prompt = {"prompt_token_ids": job.token_ids, "cache_salt": job.cache_salt}
-        stream = service.client.generate(prompt, job.params, job.request_id, priority=job.priority)
-        async with aclosing(stream) as outputs:
+        async with aclosing(self._stream_of(job)) as outputs:
             async for output in outputs:
                 self._note(job, output)
                 yield job, output
+
+    def _stream_of(self, job: Job) -> AsyncGenerator[RequestOutput, None]:
+        if job.branch is not None:
+            return job.branch.outputs
+        self._make_room(1)
+        prompt = {"prompt_token_ids": job.token_ids, "cache_salt": job.cache_salt}
+        return self._service.client.generate(
+            prompt, job.params, job.request_id, priority=job.priority, client=self._record.owner
+        )
 
     async def _merge(self) -> AsyncGenerator[tuple[Job, RequestOutput], None]:
         queue: asyncio.Queue[tuple[Job, RequestOutput] | Exception | None] = asyncio.Queue()
@@ -254,7 +329,12 @@ class Generation:
         now_s = service.clock()
         if record.first_token_s is None:
             record.first_token_s = now_s - record.began_s
-        if output.num_cached_tokens and not job.num_cached:
+        if job.branch is not None:
+            # all branches have the same prompt, which counts once
+            job.token_ids = list(output.prompt_token_ids or ())
+            record.num_prompt_tokens = len(job.token_ids)
+            record.num_cached_tokens = max(record.num_cached_tokens, output.num_cached_tokens or 0)
+        elif output.num_cached_tokens and not job.num_cached:
             job.num_cached = output.num_cached_tokens
             record.num_cached_tokens += job.num_cached
         num_new = 0
@@ -264,8 +344,6 @@ class Generation:
             job.lengths[completion.index] = job.lengths.get(completion.index, 0) + (0 if self._hidden else count)
             if completion.finish_reason == "error":
                 raise request_failed(str(completion.stop_reason))
-            if completion.finish_reason == "abort":
-                raise EngineDeadError("this request was ended by the server")
             if completion.finish_reason is not None:
                 record.finish_reasons.append(completion.finish_reason)
                 service.metrics.finished[completion.finish_reason] += 1
@@ -277,13 +355,13 @@ class Generation:
             service.metrics.inter_token_s.observe(now_s - job.told_s, num_new)
         job.told_s = now_s
         record.num_output_tokens += num_new
-        service.metrics.num_generation_tokens += num_new
+        service.metrics.count_generated(record.owner, num_new)
         if output.finished:
             self._finish(job, output, is_streamed)
 
     def _finish(self, job: Job, output: RequestOutput, is_streamed: bool) -> None:
         metrics = self._service.metrics
-        metrics.num_prompt_tokens += len(job.token_ids)
+        metrics.count_prompt(self._record.owner, len(job.token_ids))
         if (times := output.metrics) is not None:
             if not is_streamed and times.first_token_time is not None:
                 self._record.first_token_s = times.first_token_time - times.arrival_time

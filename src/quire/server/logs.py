@@ -14,7 +14,8 @@ QUIET_PATHS = ("/health", "/metrics")  # asked for every few seconds by machines
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What is known of one HTTP request when it ends. `request_id` is ours, `client_id` a label that the client chose."""
+    """What is known of one HTTP request when it ends. `request_id` is ours, `client_id` a label that the client chose, `owner`
+    the name of its key, empty where none is asked for."""
 
     request_id: str
     method: str
@@ -22,6 +23,7 @@ class RequestRecord:
     began_s: float
     status: int = 0
     elapsed_s: float = 0.0
+    owner: str = ""
     client_id: str | None = None
     is_streamed: bool = False
     num_prompts: int = 0
@@ -53,6 +55,7 @@ class RequestLog:
         told: dict[str, Any] = {
             "request_id": record.request_id,
             "client_id": record.client_id,
+            "owner": record.owner,
             "method": record.method,
             "path": record.path,
             "status": record.status,
@@ -77,6 +80,8 @@ class RequestLog:
     def _text(self, record: RequestRecord) -> str:
         path = record.path.encode("unicode_escape", "replace").decode()  # a path may hold line breaks
         parts = [f"{record.method} {path} {record.status} {record.elapsed_s:.3f}s {record.request_id}"]
+        if record.owner:
+            parts.append(f"owner={record.owner}")
         if record.client_id:
             parts.append(f"client={record.client_id!r}")
         if record.num_prompts:

@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from quire.core.accounting import SlotUsage
+from quire.core.preemption import Cause, Preemption, Reason
 from quire.engine.client import EngineClient, Health
 from quire.outputs import RequestMetrics
 
@@ -63,7 +64,23 @@ FIRST_TOKEN_S = (
     40.0,
     80.0,
 )
+MAX_OWNERS = 64  # names of keys that have metrics of their own; further ones share "others"
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+
+# Those that can be, so that their counters begin at 0.
+_PREEMPTIONS = [
+    (way.value, cause.value, reason.value)
+    for cause in (Cause.OUT_OF_BLOCKS, Cause.FAIRNESS)
+    for way, reason in (
+        (Preemption.SWAP, Reason.SWAP_CHEAPER),
+        (Preemption.SWAP, Reason.POLICY),
+        (Preemption.RECOMPUTE, Reason.RECOMPUTE_CHEAPER),
+        (Preemption.RECOMPUTE, Reason.POLICY),
+        (Preemption.RECOMPUTE, Reason.SWAP_SPACE_FULL),
+        (Preemption.RECOMPUTE, Reason.GROUP_NOT_WHOLE),
+    )
+]
 
 
 class Distribution:
@@ -94,8 +111,8 @@ class ServerMetrics(Collector):
         self._client = client
         self._model_name = model_name
         self._usage: SlotUsage | None = None
-        self.num_prompt_tokens = 0
-        self.num_generation_tokens = 0
+        self._prompt_tokens: Counter[str] = Counter()  # by owner
+        self._generation_tokens: Counter[str] = Counter()
         self.finished: Counter[str] = Counter()
         self.aborted = 0  # their client went away
         self.errors: Counter[str] = Counter()  # by status
@@ -125,6 +142,17 @@ class ServerMetrics(Collector):
         if not told_gaps and longest > 1:
             # nobody heard of single tokens: each gap counts as their mean
             self.inter_token_s.observe((last_s - first_s) / (longest - 1), sum(output_lengths) - len(output_lengths))
+
+    def count_prompt(self, owner: str, num_tokens: int) -> None:
+        """Of a finished request, by the name of its key."""
+        self._prompt_tokens[self._label(owner)] += num_tokens
+
+    def count_generated(self, owner: str, num_tokens: int) -> None:
+        self._generation_tokens[self._label(owner)] += num_tokens
+
+    def _label(self, owner: str) -> str:
+        is_known = owner in self._generation_tokens or len(self._generation_tokens) < MAX_OWNERS
+        return owner if is_known else "others"
 
     async def render(self) -> bytes:
         """The text of /metrics. Asks the engine where the slots are, at most once a second."""
@@ -180,24 +208,30 @@ class ServerMetrics(Collector):
 
     def _counters(self) -> Iterator[Metric]:
         counts = self._client.counts
-        preemptions = counts.recompute_preemptions + counts.swap_preemptions
+        preemptions: dict[tuple[str, str, str], float] = dict.fromkeys(_PREEMPTIONS, 0)
+        preemptions |= {(way, cause, reason): count for way, cause, reason, count in counts.preemptions}
         counters = {
-            "num_preemptions": ("requests that had to make room", preemptions),
+            "num_preemptions": ("requests that had to make room", sum(preemptions.values())),
             "prefix_cache_queries": ("prompt tokens looked for in the prefix cache", counts.prefix_queries),
             "prefix_cache_hits": ("prompt tokens found there", counts.prefix_hits),
-            "prompt_tokens": ("prompt tokens of finished requests", self.num_prompt_tokens),
-            "generation_tokens": ("tokens generated and told", self.num_generation_tokens),
+            "prompt_tokens": ("prompt tokens of finished requests", self._prompt_tokens.total()),
+            "generation_tokens": ("tokens generated and told", self._generation_tokens.total()),
             "steps": ("steps of the engine", counts.steps),
             "computed_tokens": ("tokens that went through the model, recomputed ones too", counts.tokens),
             "recomputed_tokens": ("tokens that preemptions have thrown away", counts.recomputed_tokens),
             "copied_blocks": ("KV blocks copied because somebody wrote into a shared one", counts.copied_blocks),
+            "forked_requests": ("requests that are branches of others, forked while those ran", counts.forked),
             "request_aborts": ("requests whose client went away", self.aborted),
             "engine_restarts": ("times the engine's process was started again", self._client.num_restarts),
         }
         for name, (text, value) in counters.items():
             yield self._family(CounterMetricFamily, name, text, {(): value})
-        by_kind = {("recompute",): counts.recompute_preemptions, ("swap",): counts.swap_preemptions}
-        yield self._family(CounterMetricFamily, "preemptions", "preemptions by what was done", by_kind, ("kind",))
+        text, labels = "preemptions by what was done, for whom, and why so", ("kind", "cause", "reason")
+        yield self._family(CounterMetricFamily, "preemptions", text, preemptions, labels)
+        for name, tokens in (("prompt", self._prompt_tokens), ("generation", self._generation_tokens)):
+            by_owner = {(owner,): float(count) for owner, count in tokens.items()}
+            text = f"{name}_tokens by the name of the request's key"
+            yield self._family(CounterMetricFamily, f"client_{name}_tokens", text, by_owner, ("client",))
         swaps = {("in",): counts.swapped_in_blocks, ("out",): counts.swapped_out_blocks}
         yield self._family(CounterMetricFamily, "swapped_blocks", "KV blocks moved", swaps, ("direction",))
         finished = {(reason,): self.finished[reason] for reason in sorted({"stop", "length", *self.finished})}

@@ -7,6 +7,7 @@ at once.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import signal
 import socket
@@ -22,6 +23,7 @@ from quire.engine.tokenizer import Tokenizer
 from quire.errors import ConfigError
 from quire.server.app import create_app
 from quire.server.generation import Service
+from quire.server.keys import read_keys
 from quire.server.metrics import ServerMetrics
 from quire.server.options import ServerOptions
 
@@ -52,6 +54,8 @@ async def serve(
 ) -> None:
     """The same on a socket that is bound. `on_ready` is told when requests are answered, with an event that ends it."""
     began_s = time.monotonic()
+    keys = read_keys(options)
+    config = dataclasses.replace(config, client_weights=keys.with_weights(config.client_weights))
     logger.info("starting the engine for %s", config.model_name)
     client = EngineClient(config, stall_timeout_s=options.stall_timeout)
     info = await client.start()
@@ -62,7 +66,7 @@ async def serve(
         tokenizer = Tokenizer.from_dir(info.tokenizer_dir) if info.tokenizer_dir else None
         names = tuple(options.served_model_name) or (config.model_name,)
         service = Service(client, tokenizer, options, names, ServerMetrics(client, names[0]))
-        app = create_app(service)
+        app = create_app(service, keys)
         logger.info("tokenizer and routes: %.1f s", time.monotonic() - loading_s)
         server = _Server(_uvicorn_config(app, options))
         ending = asyncio.Event()
@@ -76,7 +80,7 @@ async def serve(
             f"[{host}]" if ":" in host else host,
             port,
             time.monotonic() - began_s,
-            "" if options.api_key else "; no API key is asked for",
+            "" if keys else "; no API key is asked for",
         )
         if on_ready is not None:
             on_ready(client, ending)
