@@ -93,9 +93,9 @@ def test_sizes() -> None:
     assert mixed_sizes(7) == [7]
     assert mixed_sizes(64) == [16, 32, 64]
     assert mixed_sizes(2048)[-2:] == [1792, 2048]
-    assert mixed_sizes(8192)[-2:] == [2048, 8192]
-    assert mixed_sizes(10_000)[-1] == 2048
-    assert len(mixed_sizes(8192)) == 20
+    assert mixed_sizes(8192)[-3:] == [6144, 7168, 8192]
+    assert mixed_sizes(10_000)[-1] == 8192
+    assert len(mixed_sizes(8192)) == 25
 
 
 BEAMS = BeamSearchParams(beam_width=2, max_tokens=5)
