@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -273,28 +272,6 @@ class TestCounters:
         assert desk.counters.counter("stranger") == -3 * REBASE_AT  # is lifted like any other
         desk.add("stranger")
         assert desk.counters.counter("stranger") == desk.counters.counter("b")
-
-    def test_of_a_thousand_rows_are_cheap(self) -> None:
-        counters = ServiceCounters()
-        queue = FairQueue(counters)
-        for i in range(1000):
-            counters.enter(str(i))
-            queue.push(Group(str(i), i))  # type: ignore[arg-type]
-        rng = np.random.default_rng(4)
-        counters.charge_rows(np.arange(1000), rng.integers(1, 10**6, 1000), np.zeros(1000, dtype=np.bool_))
-        numbers, tokens = rng.integers(0, 1000, 1024).astype(np.int32), np.ones(1024, dtype=np.int32)
-        is_decoding = np.ones(1024, dtype=np.bool_)
-
-        def best_of(count: int, call: object) -> float:
-            times = []
-            for _ in range(count):
-                start = time.perf_counter()
-                call()  # type: ignore[operator]
-                times.append(time.perf_counter() - start)
-            return min(times)
-
-        assert best_of(200, lambda: counters.charge_rows(numbers, tokens, is_decoding)) < 50e-6
-        assert best_of(200, queue.first) < 50e-6
 
 
 class TestDisplacing:
