@@ -274,30 +274,6 @@ class TestCounters:
         assert desk.counters.counter("stranger") == desk.counters.counter("b")
 
 
-class TestDisplacing:
-    def test_needs_a_lead_of_more_than_the_margin(self) -> None:
-        counters = ServiceCounters()
-        poor, rich = counters.enter("poor"), counters.enter("rich")
-        counters.charge(rich, num_decode_tokens=500)
-        assert counters.may_displace(poor, rich, 999)
-        assert not counters.may_displace(poor, rich, 1000)
-        assert not counters.may_displace(rich, poor, 0)
-        assert not counters.may_displace(rich, rich, 0)
-
-    def test_does_not_thrash(self) -> None:
-        """One place, two clients that want it always: between two changes lie 2 x margin weighted tokens."""
-        counters, margin = ServiceCounters(), 1000
-        place, other = counters.enter("a"), counters.enter("b")
-        changes = []
-        for token in range(20_000):
-            if counters.may_displace(other, place, margin):
-                place, other = other, place
-                changes.append(token)
-            counters.charge(place, num_decode_tokens=1)
-        assert 15 < len(changes) <= 21
-        assert min(np.diff(changes)) * counters.output_weight >= 2 * margin
-
-
 class TestService:
     """The theorems of the paper's section 4, in a machine of `room` tokens whose groups are never preempted."""
 

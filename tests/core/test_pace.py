@@ -144,7 +144,6 @@ class TestLearning:
             pace.observe(*counts, machine.seconds(*counts))
         np.testing.assert_allclose(pace.costs, machine.costs, rtol=0.05)
         assert pace.predict(10, 100, 1000) == pytest.approx(machine.seconds(10, 100, 1000), rel=0.02)
-        assert pace.prefill_s(100) == pytest.approx(100 * machine.costs[2], rel=0.05)
 
     def test_gets_over_a_slow_first_step(self) -> None:
         machine, pace = Machine("one H100, 8B", 1), StepPace()

@@ -10,13 +10,9 @@ are given within twice that: L is the longest prompt, M the tokens that run at o
     alice  counter 900  waits: #7 #9      #8 is first, then #10; a third request of bob's would be next only if those two
     bob    counter 100  waits: #8 #10     had cost him less than 800: else it is alice's turn, with #7
 
-Taking away. When the first in the queue finds no room, a running group may be displaced for it, but only if its client is
-ahead by more than a margin (`may_displace`). The next displacement the other way round needs the other client ahead by more
-than the margin: between the two lie 2 x margin weighted tokens of service. So a pair of clients cannot thrash, however often
-the question is asked; with a margin of w_in L or more, the prompt that is let in does not use up the lead by itself.
-
-Does not know blocks, rows, steps or clocks, nor what a token cost the machine. Whoever schedules reports tokens as he hands
-them out, and within one step before he asks for the next group.
+Whom a client displaces that finds no room is `victims.over_its_share`. Does not know blocks, rows, steps or clocks, nor what a
+token cost the machine. Whoever schedules reports tokens as he hands them out, and within one step before he asks for the next
+group.
 """
 
 from __future__ import annotations
@@ -126,10 +122,6 @@ class ServiceCounters:
         """Where a client stands, or would begin."""
         number = self._numbers.get(client)
         return self._idle.get(client, self._zero) if number is None else float(self.counters[number])
-
-    def may_displace(self, waiting: int, running: int, margin: float) -> bool:
-        """Client `running` was given so much more than client `waiting` that it should give way. Never of the same client."""
-        return bool(self.counters[running] - self.counters[waiting] > margin)
 
     def rebase(self, floor: float) -> None:
         """Takes `floor` from all counters: only differences count."""

@@ -85,10 +85,6 @@ class StepPace:
         """Seconds that such a step will take, in the middle. 0 before any was observed."""
         return float(self.costs @ (1.0, num_decoding, num_prefill, num_context))
 
-    def prefill_s(self, num_tokens: int) -> float:
-        """Seconds that so many prompt tokens add to a step."""
-        return num_tokens * float(self.costs[PREFILL])
-
     def prefill_budget(self, num_decoding: int, num_context: int, target_s: float, ceiling: int) -> int:
         """The most prompt tokens with which a step of `num_decoding` rows over `num_context` tokens stays within `target_s`,
         from `floor` to `ceiling`. All of them if nobody decodes; no more than twice the most that was measured before."""

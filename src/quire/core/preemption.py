@@ -33,7 +33,6 @@ class Cause(Enum):
 
     OUT_OF_BLOCKS = "out of blocks"  # those that run need more than there are
     FAIRNESS = "fairness"  # for a client that was given much less
-    PRIORITY = "priority"  # for a request of higher priority
 
 
 class Reason(Enum):
@@ -172,7 +171,7 @@ class CheaperOf:
         self.bus_bytes_per_s.note(num_bytes, max(seconds - self.transfer_fixed_s, seconds / 10))
 
     def note_prefill(self, num_tokens: int, seconds: float) -> None:
-        """What the tokens took in a step that was mostly prefill, or what they added to another (`StepPace.prefill_s`)."""
+        """What a step took that was mostly prefill."""
         self.prefill_tokens_per_s.note(num_tokens, seconds)
 
     def swap_s(self, num_blocks: int) -> float:
