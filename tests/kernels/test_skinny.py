@@ -20,7 +20,7 @@ if HAS_CUDA:
 on_the_card = pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device on this machine")
 
 # Relative errors of whole results. The interpreter cuts bf16 off instead of rounding it.
-TOLERANCE = {torch.bfloat16: 8e-3 if HAS_CUDA else 2e-2, torch.float16: 1e-3}
+TOLERANCE = {torch.bfloat16: 5e-3 if HAS_CUDA else 2e-2, torch.float16: 1e-3}
 TILES = [None, Tile(4, 32, 1), Tile(2, 64, 2), Tile(16, 32, 1, 2), Tile(16, 64, 2, 3)]
 REAL = [(1024, 4096), (2048, 1024), (1024, 3072), (3072, 1024), (4096, 6144), (4096, 14336), (14336, 4096)]
 
@@ -34,9 +34,13 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0)
     return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    error = (actual.double() - expected).norm() / expected.norm()
-    assert error < TOLERANCE[actual.dtype], f"relative error {error:.2e}"
+def close(actual: torch.Tensor, expected: torch.Tensor, rounded: torch.Tensor | None = None) -> None:
+    """`rounded`: the twin's result in the same type, whose roundings in between may cost more than the tolerance."""
+    error, rounding = (
+        0.0 if found is None else float((found.double() - expected).norm() / expected.norm())
+        for found in (actual, rounded)
+    )
+    assert error < max(TOLERANCE[actual.dtype], 1.1 * rounding), f"relative error {error:.2e}"
 
 
 def check(
@@ -57,7 +61,11 @@ def check(
         silu = lambda *args, norm: skinny.linear_silu_mul(*args, norm=norm, tile=tile)  # noqa: E731
     with_norm, norm64 = ((scale, 1e-5), (scale.double(), 1e-5)) if norm else (None, None)
     close(linear(x, weight, b, norm=with_norm), twin.linear(x64, weight64, b64, norm=norm64))
-    close(silu(x, weight, b, norm=with_norm), twin.linear_silu_mul(x64, weight64, b64, norm=norm64))
+    close(
+        silu(x, weight, b, norm=with_norm),
+        twin.linear_silu_mul(x64, weight64, b64, norm=norm64),
+        twin.linear_silu_mul(x, weight, b, norm=with_norm),
+    )
     residual = random(tokens, 2 * outputs, dtype=dtype)
     expected = residual.double()
     twin.linear_add_(x64, weight64, expected, b64)
