@@ -168,6 +168,21 @@ def test_more_pieces_than_are_merged_at_once():
     check(make_case(make_spec((8, 2), 64), 16, (1500, 2100), (1, 2)), make_backend(piece=32))
 
 
+def test_low_tiles_merge_their_pieces_themselves_for_layer_after_layer(monkeypatch):
+    monkeypatch.setattr("quire.attention.triton.merge", None)
+    case, backend = make_case(make_spec((8, 2), 64), 16, (700, 900, 40), (1, 2, 1)), make_backend(piece=64)
+    expected = exact(case)
+    q, k, v, pool = (x.to(DEVICE) for x in (case.q, case.k, case.v, case.pool))
+    plan = backend.plan(on_device(case.batch))
+    for _ in range(3):
+        found = backend.run(plan, q, k, v, pool[:, 1], case.spec).cpu()
+        assert (found.double() - expected).norm() < TOLERANCE[case.q.dtype] * expected.norm()
+    (launch,) = backend.prepare(plan, case.spec, q.dtype)
+    assert launch.max_merges == 2
+    assert launch.arrivals_EK.numel() == 4
+    assert not launch.arrivals_EK.any()
+
+
 @pytest.mark.parametrize("seed", range(8 if not HAS_CUDA else 30))
 def test_random_batches(seed):
     rng = np.random.default_rng(seed)
@@ -432,17 +447,26 @@ def compile_for_sm90(spec: AttentionSpec, kind: str) -> dict[str, int | str]:
     layer = layer_kind(spec, spec.kv_dtype)
     tile = choose_tile(kind, layer, 1 if kind == "low" else 999)
     low, high = kernels.split_head_size(spec.head_size)
+    merge_rows = kernels.choose_merge_rows(tile, layer.group, layer.group if kind == "low" else 0)
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[spec.kv_dtype]
     constants = {
         "NUM_KV_HEADS": spec.num_kv_heads, "GROUP": layer.group, "HEAD_SIZE": spec.head_size, "D_LOW": low,
         "D_HIGH": high, "BLOCK_SIZE": 16, "ROWS": tile.num_rows, "KEYS": tile.num_keys, "HEAD_RUN": tile.head_run,
         "CAUSAL": True, "HAS_WINDOW": spec.window is not None, "HAS_SOFTCAP": spec.softcap is not None,
-        "ALWAYS_MASK": tile.num_rows < 64, "DOT_TYPE": kernels.DOT_TYPES[spec.kv_dtype], "PDL": True,
+        "ALWAYS_MASK": tile.num_rows < 64, "DOT_TYPE": kernels.DOT_TYPES[spec.kv_dtype],
+        "MERGE_ROWS": merge_rows, "MERGE_SLOTS": kernels.MERGED_AT_ONCE // max(1, merge_rows), "PDL": True,
     }  # fmt: skip
     types = dict.fromkeys(kernels._attend.arg_names, "i32")
     types |= {"q_ptr": f"*{element}", "kv_ptr": f"*{element}", "o_ptr": f"*{element}"}
     types |= {"partial_o_ptr": "*fp32", "partial_lse_ptr": "*fp32", "score_scale": "fp32", "tanh_scale": "fp32"}
-    types |= {"tables_ptr": "*i32", "items_ptr": "*i32", "count_ptr": "*i32"} | dict.fromkeys(constants, "constexpr")
+    types |= {
+        "tables_ptr": "*i32",
+        "items_ptr": "*i32",
+        "count_ptr": "*i32",
+        "merges_ptr": "*i32",
+        "arrivals_ptr": "*i32",
+    }
+    types |= dict.fromkeys(constants, "constexpr")
     aligned = (
         "q_ptr",
         "kv_ptr",

@@ -29,7 +29,15 @@ from torch import Tensor
 from quire.attention.base import AttentionBackend, AttentionBatch, AttentionSpec, Plan
 from quire.errors import ConfigError
 from quire.kernels import Kernels
-from quire.kernels.triton.attention import ITEM_FIELDS, MERGE_FIELDS, Tile, attend, merge, split_head_size
+from quire.kernels.triton.attention import (
+    ITEM_FIELDS,
+    MERGE_FIELDS,
+    Tile,
+    attend,
+    merge,
+    merges_itself,
+    split_head_size,
+)
 
 KINDS = ("low", "high")
 HEADER = 64
@@ -65,13 +73,13 @@ class Costs:
     per_item: float
     """A program's begin and end."""
     merging: float
-    """Once, where anything is cut: the second kernel's launch."""
+    """Once, where anything is cut: the second kernel's launch, or the last program's reading of the others' results."""
     alone: float
     """The part of an item's time that does not shrink when it shares its multiprocessor with fewer others."""
     min_piece: int
 
 
-COSTS = {"low": Costs(24, 60, 0.4, 128), "high": Costs(64, 60, 0.6, 256)}
+COSTS = {"low": Costs(44, 40, 0.28, 128), "high": Costs(64, 60, 0.6, 256)}
 
 
 def choose_tile(kind: str, layer: LayerKind, max_query_len: int) -> Tile:
@@ -178,6 +186,7 @@ def list_work(
     items_I8[:, 4] = begins_E[of_I] + which_I * sizes_E[of_I]
     items_I8[:, 5] = np.minimum(ends_E[of_I], items_I8[:, 4] + sizes_E[of_I])
     items_I8[:, 6] = np.where(pieces_E[of_I] > 1, first_slots_E[of_I] + which_I, -1)
+    items_I8[:, 7] = (np.cumsum(pieces_E > 1) - 1)[of_I]  # means nothing where slot is -1
     items_I8 = items_I8[np.argsort(items_I8[:, 4] - items_I8[:, 5], kind="stable")]
 
     cut_E = pieces_E > 1
@@ -195,6 +204,8 @@ class Launch:
     num_items_1: Tensor
     merges_E4: Tensor
     num_merges_1: Tensor
+    arrivals_EK: Tensor
+    """Zeros, and again after each layer: see `kernels.triton.attention.attend`."""
     num_slots: int
     partial_rows: int
     """The grid: capacities, of which the counts on the device say how much is to be done."""
@@ -208,8 +219,16 @@ class Launch:
         return self.merges_E4.shape[0]
 
 
-def lay_out(work: Tensor, capacities: Mapping[str, tuple[Tile, int, int, int, int]]) -> list[Launch]:
-    """Views of one int32 buffer: header, then each kind's items and merges. A kind: tile, items, merges, slots, rows."""
+def words_of(num_items: int, num_merges: int, num_kv_heads: int) -> int:
+    """int32 words that `lay_out` gives a kind."""
+    return num_items * ITEM_FIELDS + num_merges * (MERGE_FIELDS + num_kv_heads)
+
+
+def lay_out(work: Tensor, capacities: Mapping[str, tuple[Tile, int, int, int, int]], num_kv_heads: int) -> list[Launch]:
+    """Views of one int32 buffer: header, then each kind's items, merges and arrivals.
+
+    A kind: tile, items, merges, slots, rows.
+    """
     launches, at = [], HEADER
     for i, kind in enumerate(KINDS):
         if kind not in capacities:
@@ -217,7 +236,8 @@ def lay_out(work: Tensor, capacities: Mapping[str, tuple[Tile, int, int, int, in
         tile, num_items, num_merges, num_slots, rows = capacities[kind]
         end = at + num_items * ITEM_FIELDS
         items, merges = work[at:end], work[end : end + num_merges * MERGE_FIELDS]
-        at = end + num_merges * MERGE_FIELDS
+        arrivals = work[end + num_merges * MERGE_FIELDS : at + words_of(num_items, num_merges, num_kv_heads)]
+        at += words_of(num_items, num_merges, num_kv_heads)
         launches.append(
             Launch(
                 tile,
@@ -225,6 +245,7 @@ def lay_out(work: Tensor, capacities: Mapping[str, tuple[Tile, int, int, int, in
                 work[32 * i : 32 * i + 1],
                 merges.view(-1, MERGE_FIELDS),
                 work[32 * i + 16 : 32 * i + 17],
+                arrivals,
                 num_slots,
                 rows,
             )
@@ -330,10 +351,11 @@ class TritonBackend(AttentionBackend):
             partial_o = torch.empty((*shape, head_size), dtype=torch.float32, device=q_TND.device)
             attend(
                 q_TND, kv_B2KSD, plan.batch.block_tables_SB, o_TND, launch.items_I8, launch.num_items_1, launch.grid_items,
+                launch.merges_E4, launch.arrivals_EK,
                 partial_o, partial_lse, launch.partial_rows, launch.tile,
                 scale=spec.scale, window=spec.window, softcap=spec.softcap, causal=spec.causal,
             )  # fmt: skip
-            if launch.max_merges:
+            if launch.max_merges and not merges_itself(launch.tile):
                 jobs = launch.max_merges * num_kv_heads * launch.partial_rows
                 grid = min(jobs, MERGE_PROGRAMS_PER_SM * self._num_sms)
                 merge(o_TND, launch.merges_E4, launch.num_merges_1, grid, partial_o, partial_lse, launch.partial_rows)
@@ -391,9 +413,9 @@ class TritonBackend(AttentionBackend):
             cuts = -(-max_waves * self._num_sms * tile.per_sm // layer.num_kv_heads)
             items, merges = num_tiles + cuts, min(num_tiles, cuts)
             capacities[kind] = (tile, items, merges, min(items, 2 * cuts), rows)
-            size += items * ITEM_FIELDS + merges * MERGE_FIELDS
+            size += words_of(items, merges, layer.num_kv_heads)
         work = torch.zeros(size, dtype=torch.int32, device=self._device)
-        return work, lay_out(work, capacities)
+        return work, lay_out(work, capacities, layer.num_kv_heads)
 
     def _tile(self, kind: str, layer: LayerKind, max_query_len: int) -> Tile:
         tile = self._tiles.get(kind)
@@ -426,7 +448,7 @@ class TritonBackend(AttentionBackend):
                 words[32 * i], words[32 * i + 16] = len(work.items_I8), len(work.merges_E4)
                 words[at : at + work.items_I8.size] = work.items_I8.ravel()
                 words[end : end + work.merges_E4.size] = work.merges_E4.ravel()
-            at = end + launch.max_merges * MERGE_FIELDS
+            at += words_of(launch.grid_items, launch.max_merges, buffers.layer.num_kv_heads)
         buffers.work.copy_(self._staged(words), non_blocking=True)
 
     def _launches(self, plan: TritonPlan, layer: LayerKind) -> list[Launch]:
@@ -436,7 +458,8 @@ class TritonBackend(AttentionBackend):
         for i, kind in enumerate(KINDS):
             if work := lists.get(kind):
                 header[32 * i], header[32 * i + 16] = len(work.items_I8), len(work.merges_E4)
-                parts += [work.items_I8.ravel(), work.merges_E4.ravel()]
+                arrivals = np.zeros(len(work.merges_E4) * layer.num_kv_heads, dtype=np.int32)
+                parts += [work.items_I8.ravel(), work.merges_E4.ravel(), arrivals]
                 capacities[kind] = (
                     work.tile,
                     len(work.items_I8),
@@ -445,7 +468,7 @@ class TritonBackend(AttentionBackend):
                     work.partial_rows,
                 )
         words = self._staged(np.concatenate(parts)).to(self._device, non_blocking=True)
-        return lay_out(words, capacities)
+        return lay_out(words, capacities, layer.num_kv_heads)
 
     def _work_lists(
         self,

@@ -2,9 +2,11 @@
 
 `attend` computes one item of a work list per program: a tile of queries of one sequence (some tokens, times the heads that
 share a key/value head) against a piece of its keys. A tile whose keys are one piece writes its output; otherwise each piece
-writes an output normalized by itself and the logarithm of its sum, and `merge` weighs them together ("FlashDecoding"; the
-online softmax is Milakov & Gimelshein 2018, arXiv 1805.02867). Together they are the twin of `TorchKernels.attention`. Neither
-takes a length from the host: counts lie on the device, so that a captured graph can be replayed over other work.
+writes an output normalized by itself and the logarithm of its sum, and these are weighed together ("FlashDecoding"; the
+online softmax is Milakov & Gimelshein 2018, arXiv 1805.02867): low tiles', whose results are small, by whichever of their
+programs ends last, while others still run; high tiles' by a second kernel, `merge`. Together they are the twin of
+`TorchKernels.attention`. Nothing takes a length from the host: counts lie on the device, so that a captured graph can be
+replayed over other work.
 
 It does not know how work is divided (`quire.attention.triton`), what a spec is, or what a step is.
 
@@ -22,9 +24,13 @@ from quire.kernels.triton import dependent
 
 ITEM_FIELDS = 8
 """Of an item, int32 each: sequence, first query token (flat index), number of query tokens, position of the first, first
-key, end of the keys, slot for the partial result (-1: the only piece, writes the output), 0."""
+key, end of the keys, slot for the partial result (-1: the only piece, writes the output), its entry to merge."""
 MERGE_FIELDS = 4
 """Of an entry to merge, int32 each: first query token (flat index), number of query tokens, first slot, number of slots."""
+LOW_ROWS = 32
+"""Tiles of so many rows or fewer merge their pieces themselves."""
+MERGED_AT_ONCE = 64
+"""Rows of partial results that such a merge holds in registers at once, of all slots together."""
 
 LOG2_E = 1.4426950408889634
 DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -51,21 +57,63 @@ class Tile:
     keys are then read from L2. 1: all heads of an item run together."""
 
 
+@triton.jit
+def _merge_slots(
+    o_ptr, partial_o_ptr, partial_lse_ptr, first_token, num_tokens, first_slot, num_slots, kv_head, partial_rows,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, FIRST: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """One program's merge of all rows of an entry, SLOTS partial results at a time; elements FIRST to FIRST + D of each."""
+    row_R = tl.arange(0, ROWS)
+    token_R = row_R // GROUP
+    valid_R = token_R < num_tokens
+    column_D = FIRST + tl.arange(0, D)
+    max_R = tl.full([ROWS], HIDDEN, dtype=tl.float32)
+    total_R = tl.zeros([ROWS], dtype=tl.float32)
+    acc_RD = tl.zeros([ROWS, D], dtype=tl.float32)
+    for start in tl.range(0, num_slots, SLOTS, num_stages=3):
+        slot_P = start + tl.arange(0, SLOTS)
+        partial_PR = ((first_slot + slot_P) * NUM_KV_HEADS + kv_head).to(tl.int64)[:, None] * partial_rows + row_R[
+            None, :
+        ]
+        there_PR = (slot_P < num_slots)[:, None] & valid_R[None, :]
+        # Past L1, which may hold what lay there before.
+        lse_PR = tl.load(partial_lse_ptr + partial_PR, mask=there_PR, other=HIDDEN, cache_modifier=".cg")
+        o_PRD = tl.load(
+            partial_o_ptr + partial_PR[:, :, None] * HEAD_SIZE + column_D[None, None, :],
+            mask=there_PR[:, :, None] & (column_D < HEAD_SIZE)[None, None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        new_max_R = tl.maximum(max_R, tl.max(lse_PR, 0))
+        weight_PR = tl.exp2(lse_PR - new_max_R[None, :])
+        decay_R = tl.exp2(max_R - new_max_R)
+        acc_RD = acc_RD * decay_R[:, None] + tl.sum(weight_PR[:, :, None] * o_PRD, 0)
+        total_R = total_R * decay_R + tl.sum(weight_PR, 0)
+        max_R = new_max_R
+    head_R = kv_head * GROUP + row_R % GROUP
+    o_row_R = ((first_token + token_R).to(tl.int64) * (NUM_KV_HEADS * GROUP) + head_R) * HEAD_SIZE
+    tl.store(
+        o_ptr + o_row_R[:, None] + column_D[None, :],
+        (acc_RD / total_R[:, None]).to(o_ptr.dtype.element_ty),
+        mask=valid_R[:, None] & (column_D < HEAD_SIZE)[None, :],
+    )
+
+
 # What changes from step to step is not specialised on: 1 and multiples of 16 would each be compiled anew while serving.
 @triton.jit(
     do_not_specialize=["window", "table_stride", "partial_rows"],
-    do_not_specialize_on_alignment=["tables_ptr", "items_ptr", "count_ptr"],
+    do_not_specialize_on_alignment=["tables_ptr", "items_ptr", "count_ptr", "merges_ptr", "arrivals_ptr"],
 )
 def _attend(
-    q_ptr, kv_ptr, tables_ptr, o_ptr, partial_o_ptr, partial_lse_ptr, items_ptr, count_ptr,
+    q_ptr, kv_ptr, tables_ptr, o_ptr, partial_o_ptr, partial_lse_ptr, items_ptr, count_ptr, merges_ptr, arrivals_ptr,
     score_scale, tanh_scale, window, q_stride_t, q_stride_n, table_stride, partial_rows,
     kv_stride_b,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, D_LOW: tl.constexpr, D_HIGH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD_RUN: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ALWAYS_MASK: tl.constexpr,
-    DOT_TYPE: tl.constexpr, PDL: tl.constexpr,
+    DOT_TYPE: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SLOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one item for one key/value head. Head sizes between powers of two are two parts, D_LOW and D_HIGH wide.
+    MERGE_ROWS: 0 leaves merging to another kernel.
 
     score_scale turns scores into exponents of 2. With a softcap, tanh_scale turns them into 2 x log2 e first, where x is what
     the hyperbolic tangent is taken of, and score_scale stands for the cap.
@@ -204,6 +252,24 @@ def _attend(
                 acc_high_RD,
                 mask=valid_R[:, None] & (high_D < HEAD_SIZE)[None, :],
             )
+        if MERGE_ROWS > 0:
+            entry = tl.load(item_ptr + 7)
+            first_slot = tl.load(merges_ptr + entry * 4 + 2)
+            num_slots = tl.load(merges_ptr + entry * 4 + 3)
+            arrivals_ptr += entry * NUM_KV_HEADS + kv_head
+            # All threads' results are written before one of them counts this program in; whoever counts last sees all.
+            tl.debug_barrier()
+            if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu") == num_slots - 1:
+                tl.store(arrivals_ptr, 0)  # for the next layer
+                _merge_slots(
+                    o_ptr, partial_o_ptr, partial_lse_ptr, first_token, num_tokens, first_slot, num_slots, kv_head,
+                    partial_rows, NUM_KV_HEADS, GROUP, HEAD_SIZE, 0, D_LOW, MERGE_ROWS, MERGE_SLOTS,
+                )  # fmt: skip
+                if D_HIGH > 0:
+                    _merge_slots(
+                        o_ptr, partial_o_ptr, partial_lse_ptr, first_token, num_tokens, first_slot, num_slots, kv_head,
+                        partial_rows, NUM_KV_HEADS, GROUP, HEAD_SIZE, D_LOW, D_HIGH, MERGE_ROWS, MERGE_SLOTS,
+                    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["partial_rows"], do_not_specialize_on_alignment=["merges_ptr", "count_ptr"])
@@ -259,6 +325,19 @@ def split_head_size(head_size: int) -> tuple[int, int]:
     return low, max(16, triton.next_power_of_2(head_size - low)) if head_size > low else 0
 
 
+def merges_itself(tile: Tile) -> bool:
+    """Whether `attend` leaves nothing to `merge`."""
+    return tile.num_rows <= LOW_ROWS
+
+
+def choose_merge_rows(tile: Tile, group: int, partial_rows: int) -> int:
+    """Rows that a program merges, 0 if none: of two cases, for each is compiled by itself, perhaps while serving."""
+    one_token = triton.next_power_of_2(group)
+    if not merges_itself(tile):
+        return 0
+    return one_token if partial_rows <= one_token else tile.num_rows
+
+
 def attend(
     q_TND: Tensor,
     kv_B2KSD: Tensor,
@@ -267,6 +346,8 @@ def attend(
     items_I8: Tensor,
     count_1: Tensor,
     grid_items: int,
+    merges_E4: Tensor,
+    arrivals_EK: Tensor,
     partial_o: Tensor,
     partial_lse: Tensor,
     partial_rows: int,
@@ -281,8 +362,10 @@ def attend(
 
     Writes o (contiguous [T, N, D]) for items of one piece. Other pieces go to partial_o, fp32 [P, K, partial_rows, D], and
     the base-2 logarithms of their sums to partial_lse, fp32 [P, K, partial_rows]; partial_rows is at least the tokens of
-    such an item times N / K. kv is contiguous but for its first dimension; q may be a strided view with a contiguous last
-    dimension. q and kv of one type are multiplied in it and summed in fp32, of different types both are made fp32 (slow).
+    such an item times N / K. Where `merges_itself(tile)`, merges_E4 (int32 [E, MERGE_FIELDS]) says what belongs together, and
+    arrivals (int32, K for each entry) are zeros, before and after. kv is contiguous but for its first dimension; q may be a
+    strided view with a contiguous last dimension. q and kv of one type are multiplied in it and summed in fp32, of different
+    types both are made fp32 (slow).
     """
     num_heads, head_size = q_TND.shape[1:]
     num_kv_heads, block_size = kv_B2KSD.shape[2:4]
@@ -292,14 +375,16 @@ def attend(
             f"a block's keys and values of one layer must be contiguous, not of strides {kv_B2KSD.stride()}"
         )
     same = q_TND.dtype == kv_B2KSD.dtype
+    merge_rows = choose_merge_rows(tile, num_heads // num_kv_heads, partial_rows)
     _attend[(-(-grid_items // tile.head_run) * tile.head_run * num_kv_heads,)](
-        q_TND, kv_B2KSD, block_tables_SB, o_TND, partial_o, partial_lse, items_I8, count_1,
+        q_TND, kv_B2KSD, block_tables_SB, o_TND, partial_o, partial_lse, items_I8, count_1, merges_E4, arrivals_EK,
         (softcap if softcap else scale) * LOG2_E, 2 * LOG2_E * scale / softcap if softcap else 0.0, window or 0,
         *q_TND.stride()[:2], block_tables_SB.stride(0), partial_rows, kv_B2KSD.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, HEAD_SIZE=head_size, D_LOW=low, D_HIGH=high,
         BLOCK_SIZE=block_size, ROWS=tile.num_rows, KEYS=tile.num_keys, HEAD_RUN=tile.head_run, CAUSAL=causal,
         HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, ALWAYS_MASK=tile.num_rows < 64,
         DOT_TYPE=DOT_TYPES[q_TND.dtype if same else torch.float32],
+        MERGE_ROWS=merge_rows, MERGE_SLOTS=MERGED_AT_ONCE // max(1, merge_rows),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent.options(q_TND.device),
     )  # fmt: skip
 
