@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -28,7 +29,7 @@ _TYPES = {
 }
 _OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 compiled: dict[str, int] = {}
-STACK_FREE = ("_multiply_add", "_matrix")
+STACK_FREE = ("_multiply_add", "_linear")
 """Kernels all of whose values must stay in registers."""
 
 
@@ -44,6 +45,8 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwa
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = _TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
         elif isinstance(value, int):
             signature[parameter.name] = "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
@@ -67,6 +70,7 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwa
 def main() -> None:
     JITFunction.run = compile_launch  # type: ignore[method-assign]
     sys.path.append(str(Path(__file__).parent.parent))
+    import test_linear
     import test_skinny
     import test_triton
 
@@ -75,6 +79,7 @@ def main() -> None:
     dependent.options = lambda device: {"PDL": True, "launch_pdl": True}
     test_triton.launch_everything()
     test_skinny.launch_everything()
+    test_linear.launch_everything()
     print(f"{len(compiled)} kernels compiled", *compiled, sep="\n  ")
 
 

@@ -21,7 +21,7 @@ on_the_card = pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device on this ma
 
 # Relative errors of whole results. The interpreter cuts bf16 off instead of rounding it.
 TOLERANCE = {torch.bfloat16: 5e-3 if HAS_CUDA else 2e-2, torch.float16: 1e-3}
-TILES = [None, Tile(4, 32, 1), Tile(2, 64, 2), Tile(16, 32, 1, 2), Tile(16, 64, 2, 3)]
+TILES = [None, Tile(4, 32, 1), Tile(2, 64, 2)]
 REAL = [(1024, 4096), (2048, 1024), (1024, 3072), (3072, 1024), (4096, 6144), (4096, 14336), (14336, 4096)]
 
 
@@ -56,7 +56,6 @@ def check(
     few = TritonFewTokens()
     linear, silu = few.linear, few.linear_silu_mul
     if tile is not None:
-        norm = norm and tile.num_stages == 0
         linear = lambda *args, norm: skinny.linear(*args, norm=norm, tile=tile)  # noqa: E731
         silu = lambda *args, norm: skinny.linear_silu_mul(*args, norm=norm, tile=tile)  # noqa: E731
     with_norm, norm64 = ((scale, 1e-5), (scale.double(), 1e-5)) if norm else (None, None)
@@ -74,7 +73,7 @@ def check(
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 3, 5, 16])
+@pytest.mark.parametrize("tokens", [1, 3, 4])
 @pytest.mark.parametrize(("dtype", "size", "outputs"), [(torch.bfloat16, 64, 24), (torch.float16, 104, 13)])
 def test_against_the_twins(tile: Tile | None, tokens: int, dtype: torch.dtype, size: int, outputs: int) -> None:
     check(tokens, size, outputs, dtype, tile, norm=size == 104 or tokens % 2 == 1, bias=size == 64)
@@ -95,15 +94,15 @@ def test_rounding_is_that_of_the_operations_one_by_one() -> None:
     assert torch.equal(residual, expected)
 
 
-@pytest.mark.parametrize("tokens", [2, 9])
+@pytest.mark.parametrize("tokens", [1, 2])
 def test_a_strided_input(tokens: int) -> None:
     x, weight = random(tokens, 160, dtype=torch.float16), random(16, 64, dtype=torch.float16)
     close(skinny.linear(x[:, 32:96], weight), x[:, 32:96].double() @ weight.double().T)
 
 
 def test_what_does_not_fit_raises() -> None:
-    x, weight = random(17, 64), random(16, 64)
-    with pytest.raises(ValueError, match="16 tokens"):
+    x, weight = random(5, 64), random(16, 64)
+    with pytest.raises(ValueError, match="4 tokens"):
         skinny.linear(x, weight)
     with pytest.raises(ValueError, match="match"):
         skinny.linear(x[:2], random(16, 32))
@@ -123,14 +122,14 @@ def test_few_bf16_tokens_of_a_gpu_are_taken() -> None:
 
 
 @on_the_card
-@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 4])
 @pytest.mark.parametrize(("size", "outputs"), REAL)
 def test_real_shapes(size: int, outputs: int, tokens: int) -> None:
     check(tokens, size, outputs // 2, torch.bfloat16, None, norm=True, bias=False)
 
 
 @on_the_card
-@pytest.mark.parametrize("tokens", [1, 4, 16])
+@pytest.mark.parametrize("tokens", [1, 4])
 def test_a_graph_of_dependent_launches_gives_what_launches_one_by_one_give(tokens: int) -> None:
     """A chain in which each kernel reads what the one before wrote, of sizes that run at the same time."""
     few = TritonFewTokens()
@@ -167,7 +166,7 @@ def test_a_graph_of_dependent_launches_gives_what_launches_one_by_one_give(token
 def launch_everything() -> None:
     """Real shapes with the tiles that are chosen; `compile_for_sm90` compiles what this launches."""
     few = TritonFewTokens()
-    for tokens in (1, 2, 4, 16):
+    for tokens in (1, 2, 4):
         for size, outputs in REAL:
             x, weight = (
                 torch.empty(tokens, size, dtype=torch.bfloat16),

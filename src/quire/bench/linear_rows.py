@@ -1,7 +1,8 @@
-"""The rows of `quire bench kernels` for linear layers: ours beside cuBLAS at few tokens, as weights read in a second.
+"""The rows of `quire bench kernels` for linear layers: ours beside cuBLAS at 1 to 256 tokens, as weights read in a second.
 
-Each layer is that of a model's shape, with what our kernels fuse into it (norm before qkv and gate_up, SiLU x up after
-gate_up, the residual's addition after o and down); cuBLAS does the product alone. A graph goes round several copies of the
+Each layer is that of a model's shape, with what our kernels fuse into it: for few tokens (`skinny`) norm before qkv and
+gate_up, SiLU x up after gate_up, the residual's addition after o and down; for more (`linear`) SiLU x up, and o and down are
+left in pieces for the norm to sum. cuBLAS does the product alone. A graph goes round several copies of the
 weights, more than the L2 cache holds. Variants are compiled by several processes first, into Triton's cache, and each result
 is checked before it is timed.
 """
@@ -9,6 +10,7 @@ is checked before it is timed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import multiprocessing
 import os
@@ -22,21 +24,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from quire.kernels.triton.skinny import Tile
+    from quire.kernels.triton import linear, skinny
+
+    Tile = skinny.Tile | linear.Tile
 
 MIN_BYTES = 4e8
 """Of weights that a graph goes round."""
-VARIED = (1, 4, 16)
+VARIED = (1, 4, 32, 128)
 """Numbers of tokens for which variants are tried."""
 
-# outputs (or pairs) of a program, inputs of a turn, warps, stages (0: without matrix units)
-MULTIPLY_ADD = (
-    (8, 1024, 4, 0), (4, 1024, 4, 0), (16, 1024, 4, 0), (4, 1024, 2, 0), (8, 512, 2, 0), (4, 2048, 4, 0), (2, 4096, 8, 0),
-    (4, 4096, 8, 0), (2, 2048, 4, 0),
+# outputs of a program (or twice its pairs), inputs of a turn, warps
+SKINNY = (
+    (8, 1024, 4), (4, 1024, 4), (16, 1024, 4), (4, 1024, 2), (8, 512, 2), (4, 2048, 4), (2, 4096, 8), (4, 4096, 8),
+    (2, 2048, 4),
 )  # fmt: skip
-MATRIX = (
-    (16, 256, 2, 4), (16, 256, 2, 3), (16, 128, 2, 5), (32, 128, 4, 4), (32, 256, 4, 3), (16, 512, 4, 3), (64, 128, 4, 4),
+# outputs (or pairs) of a program, inputs of a turn, stages
+LINEAR = (
+    (32, 64, 6), (32, 128, 4), (32, 128, 6), (64, 64, 3), (64, 64, 4), (64, 64, 6), (64, 128, 3), (64, 128, 4), (64, 128, 6),
+    (128, 64, 4), (128, 64, 6), (128, 128, 3),
 )  # fmt: skip
+PIECES = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,11 @@ class Layer:
         return self.outputs * (2 if self.silu else 1), self.size
 
     @property
+    def in_pieces(self) -> bool:
+        """Whether a norm follows, which can sum up pieces."""
+        return not self.norm
+
+    @property
     def num_bytes(self) -> int:
         return 2 * math.prod(self.weight_shape)
 
@@ -68,42 +80,51 @@ LAYERS = (
     Layer("8B gate_up", 4096, 14336, norm=True, silu=True),
     Layer("8B down", 14336, 4096),
 )
-WORKS = tuple((f"linear {layer.name} x{tokens}", layer, tokens) for layer in LAYERS for tokens in (1, 2, 4, 8, 16))
+WORKS = tuple(
+    (f"linear {layer.name} x{tokens}", layer, tokens) for layer in LAYERS for tokens in (1, 2, 4, 16, 32, 64, 128, 256)
+)
 
 
 def variants(layer: Layer, tokens: int) -> list[Tile]:
     """Besides the tile that is chosen anyway."""
-    from quire.kernels.triton.skinny import Tile, choose_tile
+    from quire.kernels.triton import linear, skinny
 
     if tokens not in VARIED:
         return []
-    whole = 1 << (layer.size - 1).bit_length()
-    tiles = dict.fromkeys(
-        Tile(rows // (2 if layer.silu and not stages else 1), columns, warps, stages)
-        for rows, columns, warps, stages in (MULTIPLY_ADD if tokens <= 4 else ()) + MATRIX
-        if columns <= whole
-    )
-    tiles.pop(choose_tile(tokens, layer.outputs, layer.size, layer.silu), None)
+    tiles: dict[Tile, None]
+    if tokens <= skinny.MAX_TOKENS:
+        whole = 1 << (layer.size - 1).bit_length()
+        pairs = 2 if layer.silu else 1
+        tiles = dict.fromkeys(
+            skinny.Tile(r // pairs, columns, warps) for r, columns, warps in SKINNY if columns <= whole
+        )
+    else:
+        tiles = dict.fromkeys(
+            linear.Tile(rows, max(tokens, 64 if rows < 64 else 16), columns, stages, pieces)
+            for rows, columns, stages in LINEAR
+            for pieces in (PIECES if layer.in_pieces else (1,))
+        )
+    tiles.pop(chosen(layer, tokens), None)
     return list(tiles)
 
 
-def call(layer: Layer, x_TH: Tensor, weight: Tensor, norm_H: Tensor, residual_TO: Tensor, tile: Tile | None) -> Tensor:
-    """Our kernels, as the model calls them; the result of layers that add is residual."""
-    from quire.kernels.triton import skinny
-    from quire.kernels.triton.fused import TritonKernels
+def chosen(layer: Layer, tokens: int) -> Tile:
+    from quire.kernels.triton import linear, skinny
 
-    few = TritonKernels().few
-    norm = (norm_H, 1e-6) if layer.norm else None
-    if tile is None:
-        assert few is not None
+    if tokens <= skinny.MAX_TOKENS:
+        return skinny.choose_tile(tokens, layer.outputs, layer.size, layer.silu)
+    return linear.choose_tile(tokens, layer.outputs, layer.size, silu=layer.silu, in_pieces=layer.in_pieces)
+
+
+def call(layer: Layer, x_TH: Tensor, weight: Tensor, norm_H: Tensor, residual_TO: Tensor, tile: Tile) -> Tensor:
+    """Our kernels, as the model calls them; the result of layers that add is residual."""
+    from quire.kernels.triton import linear, skinny
+
+    if isinstance(tile, linear.Tile):
         if layer.silu:
-            return few.linear_silu_mul(x_TH, weight, norm=norm)
-        if layer.norm:
-            return few.linear(x_TH, weight, norm=norm)
-        few.linear_add_(x_TH, weight, residual_TO)
-        return residual_TO
-    if norm is not None and tile.num_stages:
-        x_TH, norm = TritonKernels().rms_norm(x_TH, *norm), None
+            return linear.linear_silu_mul(x_TH, weight, tile=tile)
+        return (linear.linear_pieces if layer.in_pieces else linear.linear)(x_TH, weight, tile=tile)
+    norm = (norm_H, 1e-6)
     if layer.silu:
         return skinny.linear_silu_mul(x_TH, weight, norm=norm, tile=tile)
     if layer.norm:
@@ -112,16 +133,16 @@ def call(layer: Layer, x_TH: Tensor, weight: Tensor, norm_H: Tensor, residual_TO
     return residual_TO
 
 
-def expected(layer: Layer, x_TH: Tensor, weight: Tensor, norm_H: Tensor, residual_TO: Tensor) -> Tensor:
-    """The same from torch, in fp32."""
+def expected(layer: Layer, x_TH: Tensor, weight: Tensor, norm_H: Tensor, residual_TO: Tensor, fused: bool) -> Tensor:
+    """The same from torch, in fp32; fused: with norm and addition."""
     x = x_TH.float()
-    if layer.norm:
+    if layer.norm and fused:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * norm_H.float()
     y = x @ weight.float().T
     if layer.silu:
         gate, up = y.chunk(2, -1)
         return F.silu(gate) * up
-    return y if layer.norm else residual_TO.float() + y
+    return y if layer.norm or not fused else residual_TO.float() + y
 
 
 def tensors(layer: Layer, tokens: int, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +157,7 @@ def compile_ahead(works: Sequence[tuple[str, Layer, int]]) -> None:
     jobs: dict[tuple[Any, ...], tuple[Layer, int, Tile]] = {}
     for _, layer, tokens in works:
         for tile in variants(layer, tokens):
-            jobs.setdefault((layer, tile.num_stages or tokens, tile), (layer, tokens, tile))
+            jobs.setdefault((layer, tile), (layer, tokens, tile))
     if not jobs:
         return
     workers = max(1, min(14, (os.cpu_count() or 2) - 2, len(jobs)))
@@ -166,10 +187,14 @@ class Problem:
     time_graph: TimeGraph
     repeat: int
 
-    def ours(self, tile: Tile | None) -> dict[str, float]:
+    def ours(self, tile: Tile) -> dict[str, float]:
+        from quire.kernels.triton import skinny
+
         layer, x, norm = self.layer, self.x_TH, self.norm_H
-        want = expected(layer, x, self.weights[0], norm, self.residual_TO)
+        want = expected(layer, x, self.weights[0], norm, self.residual_TO, isinstance(tile, skinny.Tile))
         found = call(layer, x, self.weights[0], norm, self.residual_TO.clone(), tile)
+        if found.dim() == 3:
+            found = found.sum(0)
         error = float((found.float() - want).norm() / want.norm())
         if not error < 1e-2:
             raise AssertionError(f"relative error {error}")
@@ -193,8 +218,6 @@ def measure(
     with_variants: bool,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """-> rows of the table, and what was tried. Prints each row, the variants from the best to the worst."""
-    from quire.kernels.triton.skinny import choose_tile
-
     if with_variants:
         compile_ahead(works)
     rows: list[dict[str, Any]] = []
@@ -207,15 +230,15 @@ def measure(
             made = torch.empty((count, *layer.weight_shape), device="cuda", dtype=torch.bfloat16)
             drawn = layer, made.normal_(std=layer.size**-0.5).unbind(0)
         problem = Problem(layer, *tensors(layer, tokens), drawn[1], time_graph, repeat)
-        chosen = _words(choose_tile(tokens, layer.outputs, layer.size, layer.silu))
-        found, cublas = problem.ours(None), problem.cublas()
+        tile = chosen(layer, tokens)
+        found, cublas = problem.ours(tile), problem.cublas()
         ceiling = found["TB/s"] / read_tb_s
         row = {"layer": name, **found, "of ceiling": ceiling, "cuBLAS us": cublas["us"], "cuBLAS TB/s": cublas["TB/s"]}
-        rows.append(row | {"tile": chosen})
+        rows.append(row | {"tile": _words(tile)})
         print(*(f"{value:.3g}" if isinstance(value, float) else value for value in rows[-1].values()), flush=True)
         if not with_variants:
             continue
-        same: list[dict[str, Any]] = [{"layer": name, "tile": chosen, **found}]
+        same: list[dict[str, Any]] = [{"layer": name, "tile": _words(tile), **found}]
         for tile in variants(layer, tokens):
             try:
                 same.append({"layer": name, "tile": _words(tile), **problem.ours(tile)})
@@ -228,4 +251,4 @@ def measure(
 
 
 def _words(tile: Tile) -> str:
-    return f"{tile.rows} {tile.columns} {tile.num_warps} {tile.num_stages}"
+    return " ".join(map(str, dataclasses.astuple(tile)))

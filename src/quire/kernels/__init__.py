@@ -76,6 +76,18 @@ class Kernels(Protocol):
     few: FewTokenKernels | None
     """Linear layers for few tokens, where there are faster ones than torch's."""
 
+    def linear(self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """Returns x W^T + b, [T, O], new and contiguous; all of x's dtype, x with a contiguous last dimension."""
+        ...
+
+    def linear_silu_mul(self, x_TH: Tensor, weight_O2H: Tensor, bias_O2: Tensor | None = None) -> Tensor:
+        """Returns silu_and_mul(linear(x, W, b)), [T, O], of W [2 O, H]."""
+        ...
+
+    def linear_pieces(self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """Returns linear(x, W, b), or pieces of it, fp32 [P, T, O], whose sum it is: what add_rms_norm takes either of."""
+        ...
+
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         """Returns weight * x / sqrt(mean(x^2) + eps) as a new contiguous tensor of x's shape and dtype.
 
@@ -86,7 +98,10 @@ class Kernels(Protocol):
         ...
 
     def add_rms_norm(self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        """Sets residual to x + residual in place (contiguous, x's shape and dtype), and returns its rms_norm."""
+        """Sets residual to x + residual in place (contiguous, x's shape and dtype), and returns its rms_norm.
+
+        x may come in pieces, fp32 [P, T, H] contiguous: their sum, in order and rounded to residual's dtype, is x.
+        """
         ...
 
     def rotary_(self, q_TND: Tensor, k_TKD: Tensor, cos_sin_PR: Tensor, positions_T: Tensor) -> None:

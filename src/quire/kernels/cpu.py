@@ -81,7 +81,18 @@ class CpuKernels:
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         return self._norm(x_TH, None, weight_H, eps)
 
+    def linear(self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        return torch.nn.functional.linear(x_TH, weight_OH, bias_O)
+
+    def linear_silu_mul(self, x_TH: Tensor, weight_O2H: Tensor, bias_O2: Tensor | None = None) -> Tensor:
+        return self.silu_and_mul(self.linear(x_TH, weight_O2H, bias_O2))
+
+    def linear_pieces(self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        return self.linear(x_TH, weight_OH, bias_O)
+
     def add_rms_norm(self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        if x_TH.dim() == 3:
+            x_TH = x_TH.sum(0).to(residual_TH.dtype)
         if residual_TH.shape != x_TH.shape or residual_TH.dtype is not x_TH.dtype or not residual_TH.is_contiguous():
             raise ValueError("residual must be contiguous and of x's shape and dtype")
         return self._norm(x_TH, residual_TH, weight_H, eps)

@@ -20,8 +20,17 @@ class TorchKernels:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         return weight_H * x.to(x_TH.dtype)
 
+    def linear(self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        return torch.nn.functional.linear(x_TH, weight_OH, bias_O)
+
+    def linear_silu_mul(self, x_TH: Tensor, weight_O2H: Tensor, bias_O2: Tensor | None = None) -> Tensor:
+        return self.silu_and_mul(self.linear(x_TH, weight_O2H, bias_O2))
+
+    def linear_pieces(self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        return self.linear(x_TH, weight_OH, bias_O)
+
     def add_rms_norm(self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        residual_TH.add_(x_TH)
+        residual_TH.add_(x_TH if x_TH.dim() == 2 else x_TH.sum(0).to(residual_TH.dtype))
         return self.rms_norm(residual_TH, weight_H, eps)
 
     def rotary_(self, q_TND: Tensor, k_TKD: Tensor, cos_sin_PR: Tensor, positions_T: Tensor) -> None:

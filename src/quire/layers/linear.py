@@ -3,9 +3,9 @@
     ColumnParallelLinear   y = x W^T + b, W [out / size, in]; several checkpoint tensors fused one below the other
     RowParallelLinear      y = sum over ranks of x W^T, + b once; W [out, in / size]
 
-The pair column -> row needs one all_reduce. Matmuls are torch's own: its bf16 is near this CPU's peak.
-For few tokens a GPU has kernels that do what stands beside the product as well (`quire.kernels.FewTokenKernels`): `normed`,
-`normed_silu_mul` and `add_to` are for them.
+The pair column -> row needs one all_reduce. Products are the kernels' to choose: torch's, or a GPU's own, which do what
+stands beside the product as well: `silu_mul` and `pieces` for some tokens, `normed`, `normed_silu_mul` and `add_to`
+for few (`quire.kernels.FewTokenKernels`).
 
 Shapes: T tokens, I inputs, O outputs of this rank.
 """
@@ -13,7 +13,6 @@ Shapes: T tokens, I inputs, O outputs of this rank.
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from quire.kernels import FewTokenKernels
 from quire.layers.context import BuildContext
@@ -34,6 +33,7 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, in_size: int, pieces: Mapping[str, int], *, bias: bool, build: BuildContext) -> None:
         super().__init__()
         self.group = build.group
+        self.kernels = build.kernels
         self.piece_sizes = {
             name: build.group.share(size, f"the output size of {name}") for name, size in pieces.items()
         }
@@ -43,14 +43,18 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O], the pieces' outputs side by side."""
-        return F.linear(x_TI, self.weight, self.bias)
+        return self.kernels.linear(x_TI, self.weight, self.bias)
+
+    def silu_mul(self, x_TI: Tensor) -> Tensor:
+        """silu(gate) * up of two pieces of one size, gate and up: [T, I] -> [T, O / 2]"""
+        return self.kernels.linear_silu_mul(x_TI, self.weight, self.bias)
 
     def normed(self, few: FewTokenKernels, x_TI: Tensor, norm: RMSNorm) -> Tensor:
         """forward(norm(x)): [T, I] -> [T, O]"""
         return few.linear(x_TI, self.weight, self.bias, norm=(norm.weight, norm.eps))
 
     def normed_silu_mul(self, few: FewTokenKernels, x_TI: Tensor, norm: RMSNorm) -> Tensor:
-        """silu(gate) * up of two pieces of one size, gate and up, of forward(norm(x)): [T, I] -> [T, O / 2]"""
+        """silu_mul(norm(x)): [T, I] -> [T, O / 2]"""
         return few.linear_silu_mul(x_TI, self.weight, self.bias, norm=(norm.weight, norm.eps))
 
     def weight_slots(self, path: str) -> Iterator[WeightSlot]:
@@ -68,6 +72,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, in_size: int, out_size: int, *, bias: bool, build: BuildContext) -> None:
         super().__init__()
         self.group = build.group
+        self.kernels = build.kernels
         share = build.group.share(in_size, "the input size of a linear layer")
         self.weight = empty_parameter(out_size, share, dtype=build.dtype, device=build.device)
         self.bias = empty_parameter(out_size, dtype=build.dtype, device=build.device) if bias else None
@@ -76,7 +81,13 @@ class RowParallelLinear(nn.Module):
         """[T, I] -> [T, O]"""
         # Only one rank adds the bias, or the sum would hold it `size` times.
         bias = self.bias if self.group.rank == 0 else None
-        return self.group.all_reduce(F.linear(x_TI, self.weight, bias))
+        return self.group.all_reduce(self.kernels.linear(x_TI, self.weight, bias))
+
+    def pieces(self, x_TI: Tensor) -> Tensor:
+        """forward(x), perhaps not summed up yet, for a norm to add: [T, I] -> [T, O], or fp32 [P, T, O]"""
+        if self.group.size == 1:
+            return self.kernels.linear_pieces(x_TI, self.weight, self.bias)
+        return self(x_TI)
 
     def add_to(self, few: FewTokenKernels, residual_TO: Tensor, x_TI: Tensor) -> None:
         """residual += forward(x), in place."""

@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
         return self.kernels.rms_norm(x_TH, self.weight, self.eps)
 
     def add(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
-        """The norm of x + residual, [T, H]; `residual_TH` becomes x + residual in place."""
+        """The norm of x + residual, [T, H]; `residual_TH` becomes x + residual in place. x may be in pieces, [P, T, H]."""
         return self.kernels.add_rms_norm(x_TH, residual_TH, self.weight, self.eps)
 
     def weight_slots(self, path: str) -> Iterator[WeightSlot]:

@@ -42,8 +42,8 @@ class LlamaAttention(nn.Module):
         self.rotary = rotary
 
     def forward(self, x_TH: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
-        """[T, H] -> [T, H]"""
-        return self.o_proj(self._attend(self.qkv_proj(x_TH), positions_T, ctx))
+        """[T, H] -> [T, H], or pieces of it, [P, T, H]"""
+        return self.o_proj.pieces(self._attend(self.qkv_proj(x_TH), positions_T, ctx))
 
     def add_to(
         self, few: FewTokenKernels, residual_TH: Tensor, norm: RMSNorm, positions_T: Tensor, ctx: ForwardContext
@@ -71,13 +71,12 @@ class LlamaMLP(nn.Module):
         super().__init__()
         hidden_size, inner_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         pieces = {"gate_proj": inner_size, "up_proj": inner_size}
-        self.kernels = build.kernels
         self.gate_up_proj = ColumnParallelLinear(hidden_size, pieces, bias=bias, build=build)
         self.down_proj = RowParallelLinear(inner_size, hidden_size, bias=bias, build=build)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        """[T, H] -> [T, H]"""
-        return self.down_proj(self.kernels.silu_and_mul(self.gate_up_proj(x_TH)))
+        """[T, H] -> [T, H], or pieces of it, [P, T, H]"""
+        return self.down_proj.pieces(self.gate_up_proj.silu_mul(x_TH))
 
     def add_to(self, few: FewTokenKernels, residual_TH: Tensor, norm: RMSNorm) -> None:
         """residual += forward(norm(residual)), in place."""
@@ -96,7 +95,8 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
 
     def forward(self, x_TH: Tensor | None, residual_TH: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
-        """`x_TH` is the layer before's output, not yet added to `residual_TH` (None: nothing to add). Both [T, H].
+        """`x_TH` is the layer before's output, not yet added to `residual_TH` (None: nothing to add). Both [T, H]; `x_TH` may
+        be in pieces, [P, T, H], whose sum the norm makes.
 
         Gives this layer's output likewise, and advances `residual_TH` in place.
         """

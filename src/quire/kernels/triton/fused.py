@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quire.kernels import FewTokenKernels
 from quire.kernels.torch_ops import TorchKernels
-from quire.kernels.triton import blocks, dependent, skinny
+from quire.kernels.triton import blocks, dependent, linear, skinny
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Heads of one token that a program of one warp handles: with head size 128 in bf16, a thread has 16 bytes of each half.
@@ -36,11 +36,15 @@ def _rms_norm_kernel(
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     ADD: tl.constexpr,
+    PIECES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program i norms rows [i * ROWS, (i + 1) * ROWS); row r is head r % HEADS of token r // HEADS."""
+    """Program i norms rows [i * ROWS, (i + 1) * ROWS); row r is head r % HEADS of token r // HEADS.
+
+    PIECES: so many fp32 tensors one after the other are x, 0: x is one of its own type.
+    """
     if PDL:
         dependent.release()
         dependent.wait()
@@ -50,6 +54,10 @@ def _rms_norm_kernel(
     offset = (row // HEADS) * stride_t + (row % HEADS) * stride_h
     packed = row[:, None] * SIZE + at[None, :]
     x = tl.load(x_ptr + offset[:, None] + at[None, :], mask=mask, other=0.0)
+    for piece in tl.static_range(1, PIECES):
+        x += tl.load(x_ptr + piece * (num_rows * SIZE).to(tl.int64) + packed, mask=mask, other=0.0)
+    if PIECES > 0:
+        x = x.to(residual_ptr.dtype.element_ty)
     if ADD:
         residual = tl.load(residual_ptr + packed, mask=mask, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(residual.dtype)
@@ -183,8 +191,11 @@ def _heads_kernel(
 
 
 @triton.jit
-def _silu_and_mul_kernel(x_ptr, out_ptr, stride_t, size, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(x_ptr, out_ptr, stride_t, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program (t, i) has elements [i * BLOCK, (i + 1) * BLOCK) of token t."""
+    if PDL:
+        dependent.release()
+        dependent.wait()
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
@@ -196,8 +207,11 @@ def _silu_and_mul_kernel(x_ptr, out_ptr, stride_t, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _embed_kernel(id_ptr, table_ptr, out_ptr, size, BLOCK: tl.constexpr):
+def _embed_kernel(id_ptr, table_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program (t, i) has elements [i * BLOCK, (i + 1) * BLOCK) of token t."""
+    if PDL:
+        dependent.release()
+        dependent.wait()
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
@@ -216,7 +230,26 @@ class TritonKernels(TorchKernels):
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         return _norm(x_TH, None, weight_H, eps)
 
+    def linear(self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        if linear.takes(x_TH, weight_OH, bias_O):
+            return linear.linear(x_TH, weight_OH, bias_O)
+        return super().linear(x_TH, weight_OH, bias_O)
+
+    def linear_silu_mul(self, x_TH: Tensor, weight_O2H: Tensor, bias_O2: Tensor | None = None) -> Tensor:
+        if linear.takes(x_TH, weight_O2H, bias_O2, silu=True):
+            return linear.linear_silu_mul(x_TH, weight_O2H, bias_O2)
+        return super().linear_silu_mul(x_TH, weight_O2H, bias_O2)
+
+    def linear_pieces(self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        if linear.takes(x_TH, weight_OH, bias_O, in_pieces=True):
+            return linear.linear_pieces(x_TH, weight_OH)
+        return super().linear_pieces(x_TH, weight_OH, bias_O)
+
     def add_rms_norm(self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        if x_TH.dim() == 3:
+            if x_TH.dtype is not torch.float32 or x_TH.shape[1:] != residual_TH.shape or not x_TH.is_contiguous():
+                raise ValueError(f"pieces must be contiguous fp32 of residual's shape each: {_describe(x_TH)}")
+            return _norm(x_TH, residual_TH, weight_H, eps)
         if residual_TH.shape != x_TH.shape or residual_TH.dtype is not x_TH.dtype or not residual_TH.is_contiguous():
             raise ValueError("residual must be contiguous and of x's shape and dtype")
         return _norm(x_TH, residual_TH, weight_H, eps)
@@ -250,7 +283,10 @@ class TritonKernels(TorchKernels):
         if num_tokens:
             block = min(1024, triton.next_power_of_2(size))
             grid = (num_tokens, triton.cdiv(size, block))
-            _silu_and_mul_kernel[grid](gate_up_TI2, out_TI, gate_up_TI2.stride(0), size, BLOCK=block, num_warps=4)
+            _silu_and_mul_kernel[grid](
+                gate_up_TI2, out_TI, gate_up_TI2.stride(0), size, BLOCK=block, num_warps=4,
+                **dependent.options(out_TI.device),
+            )  # fmt: skip
         return out_TI
 
     def embed(self, ids_T: Tensor, table_VH: Tensor) -> Tensor:
@@ -262,7 +298,9 @@ class TritonKernels(TorchKernels):
         if num_tokens:
             block = min(1024, triton.next_power_of_2(size))
             grid = (num_tokens, triton.cdiv(size, block))
-            _embed_kernel[grid](ids_T, table_VH, out_TH, size, BLOCK=block, num_warps=4)
+            _embed_kernel[grid](
+                ids_T, table_VH, out_TH, size, BLOCK=block, num_warps=4, **dependent.options(out_TH.device)
+            )
         return out_TH
 
     def copy_blocks(self, kv: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
@@ -278,8 +316,8 @@ SMALL = 2048  # hidden size
 class TritonFewTokens:
     """`FewTokenKernels` for GPUs, from `skinny`. Does not see a CPU's tensors: those would be interpreted.
 
-    Measured on an H200, cuBLAS with the kernels beside it is as fast from 3 tokens on, and from 5 for small models, whose
-    time is in the launches.
+    Measured on an H200, the matrix units' way (`linear`) is as fast from 3 tokens on, and from 5 for small models, whose time
+    is in the launches.
     """
 
     def takes(self, x_TH: Tensor) -> bool:
@@ -289,7 +327,6 @@ class TritonFewTokens:
     def linear(
         self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None
     ) -> Tensor:
-        x_TH, norm = _norm_of_many(x_TH, norm)
         return skinny.linear(x_TH, weight_OH, bias_O, norm=norm)
 
     def linear_silu_mul(
@@ -300,7 +337,6 @@ class TritonFewTokens:
         *,
         norm: tuple[Tensor, float] | None = None,
     ) -> Tensor:
-        x_TH, norm = _norm_of_many(x_TH, norm)
         return skinny.linear_silu_mul(x_TH, weight_O2H, bias_O2, norm=norm)
 
     def linear_add_(
@@ -309,30 +345,26 @@ class TritonFewTokens:
         skinny.linear_add_(x_TH, weight_OH, residual_TO, bias_O)
 
 
-def _norm_of_many(x_TH: Tensor, norm: tuple[Tensor, float] | None) -> tuple[Tensor, tuple[Tensor, float] | None]:
-    """Norms more tokens than each program of a linear layer should norm again; -> x and what is left to do."""
-    if norm is None or len(x_TH) <= skinny.MULTIPLY_ADD:
-        return x_TH, norm
-    return _norm(x_TH, None, *norm), None
-
-
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    _check(x)
-    *outer, size = x.shape
-    if weight.dtype is not x.dtype or weight.shape != (size,) or not weight.is_contiguous():
-        raise ValueError(f"weight must be a contiguous [{size}] of {x.dtype}, is {_describe(weight)}")
+    """With a residual, x may be fp32 pieces of it."""
+    in_pieces = residual is not None and x.dim() == 3
+    like = residual if in_pieces else x
+    _check(like)
+    *outer, size = like.shape
+    if weight.dtype is not like.dtype or weight.shape != (size,) or not weight.is_contiguous():
+        raise ValueError(f"weight must be a contiguous [{size}] of {like.dtype}, is {_describe(weight)}")
     if len(outer) not in (1, 2) or x.stride(-1) != 1:
         raise ValueError(f"x must be [T, H] or [T, heads, D] with a contiguous last dimension, is {_describe(x)}")
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
     heads, stride_h = (outer[1], x.stride(1)) if len(outer) == 2 else (1, 0)
     num_rows = outer[0] * heads
     if num_rows:
         block = triton.next_power_of_2(size)
         rows = max(1, min(8, 1024 // block))  # one head alone would leave most threads of a program idle
         _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
-            x, x if residual is None else residual, weight, out, num_rows, x.stride(0), stride_h, eps,
-            HEADS=heads, SIZE=size, ADD=residual is not None, ROWS=rows, BLOCK=block,
-            num_warps=min(16, max(4, block // 512)), **dependent.options(x.device),
+            x, x if residual is None else residual, weight, out, num_rows, x.stride(-2) if heads == 1 else x.stride(0),
+            stride_h, eps, HEADS=heads, SIZE=size, ADD=residual is not None, PIECES=len(x) if in_pieces else 0, ROWS=rows,
+            BLOCK=block, num_warps=min(16, max(4, block // 512)), **dependent.options(x.device),
         )  # fmt: skip
     return out
 

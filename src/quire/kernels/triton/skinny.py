@@ -1,20 +1,19 @@
-"""Linear layers for few tokens (1 to 16), fused with what stands beside them: the time is that of reading the weights once.
+"""Linear layers for few tokens (1 to 4), fused with what stands beside them: the time is that of reading the weights once.
 
     linear           y = norm(x) W^T + b                    norm: RMS norm of x, or none
     linear_silu_mul  y = silu(gate) * up, of [gate | up] = norm(x) W^T + b
     linear_add_      residual += x W^T + b
 
-Up to MULTIPLY_ADD tokens each program multiplies and adds in registers (`_multiply_add`); beyond, on the matrix units
-(`_matrix`), tokens padded to 16. A program owns some outputs and goes over all inputs, so that sums are always taken in the
-same order. It loads its first weights before it waits for the kernel before it (`dependent`): a small model's program has
-all its weights in registers by then. Bytes in flight are what counts: a GPU of 4.2 TB/s and 132 multiprocessors
-wants 40 KB and more in flight on each.
+A program owns some outputs and goes over all inputs, multiplying and adding in registers, without the matrix units; so sums
+are always taken in the same order. It loads its first weights before it waits for the kernel before it (`dependent`): a small
+model's program has all its weights in registers by then. Bytes in flight are what counts: a GPU of 4.2 TB/s and 132
+multiprocessors wants 40 KB and more in flight on each.
 
 Rounding is that of the operations one by one (`torch_ops`): arithmetic and sums are in fp32, and what they round to the
 tensors' dtype in between is rounded here too; only the order of the sums is another.
 
-Letters of shapes: T tokens, H inputs, O outputs (or pairs of gate and up); in the kernels R outputs of a program, C inputs
-of a turn. Does not know models, nor when these operations are the right ones (`fused.TritonFewTokens.takes` does).
+Letters of shapes: T tokens, H inputs, O outputs (or pairs of gate and up); in the kernel R outputs of a program, G groups
+of inputs. Does not know models, nor when these operations are the right ones (`fused.TritonFewTokens.takes` does).
 """
 
 from dataclasses import dataclass
@@ -26,12 +25,8 @@ from torch import Tensor
 
 from quire.kernels.triton import dependent
 
-MAX_TOKENS = 16
-MULTIPLY_ADD = 4
-"""So many tokens at most are computed without the matrix units."""
+MAX_TOKENS = 4
 DTYPES = (torch.bfloat16, torch.float16)
-# The interpreter has no product of bf16.
-_DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True)
@@ -41,26 +36,8 @@ class Tile:
     rows: int
     """Outputs of a program: rows of the weight, or pairs of them."""
     columns: int
-    """Inputs of a turn."""
+    """Inputs of a turn, whose weights are loaded while the turn before is computed."""
     num_warps: int
-    num_stages: int = 0
-    """0: without matrix units, a turn's weights loaded while the turn before is computed. Else depth of the pipeline."""
-
-
-@triton.jit
-def _load_weights(weight_ptr, row_R, column_C, SIZE: tl.constexpr, EVEN: tl.constexpr):
-    address_RC = weight_ptr + row_R.to(tl.int64)[:, None] * SIZE + column_C[None, :]
-    if EVEN:
-        return tl.load(address_RC, eviction_policy="evict_first")
-    else:
-        return tl.load(address_RC, mask=(column_C < SIZE)[None, :], other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _load_tokens(x_ptr, stride_t, num_tokens, column_C, SIZE: tl.constexpr, TOKENS: tl.constexpr):
-    token_T = tl.arange(0, TOKENS)
-    mask_TC = (token_T < num_tokens)[:, None] & (column_C < SIZE)[None, :]
-    return tl.load(x_ptr + token_T[:, None] * stride_t + column_C[None, :], mask=mask_TC, other=0.0)
 
 
 # What is multiplied and added has four dimensions from the start, so that the compiler gives all of it one layout (which
@@ -72,7 +49,7 @@ def _load_tokens(x_ptr, stride_t, num_tokens, column_C, SIZE: tl.constexpr, TOKE
 
 
 @triton.jit
-def _load_weights_4(weight_ptr, row_R, column, SIZE: tl.constexpr, EVEN: tl.constexpr):
+def _load_weights(weight_ptr, row_R, column, SIZE: tl.constexpr, EVEN: tl.constexpr):
     address = weight_ptr + row_R.to(tl.int64)[None, None, :, None] * SIZE + column
     if EVEN:
         return tl.load(address, eviction_policy="evict_first")
@@ -81,7 +58,7 @@ def _load_weights_4(weight_ptr, row_R, column, SIZE: tl.constexpr, EVEN: tl.cons
 
 
 @triton.jit
-def _load_tokens_4(x_ptr, stride_t, num_tokens, column, SIZE: tl.constexpr, TOKENS: tl.constexpr):
+def _load_tokens(x_ptr, stride_t, num_tokens, column, SIZE: tl.constexpr, TOKENS: tl.constexpr):
     token = tl.arange(0, TOKENS)[None, :, None, None]
     # Past L1, which may hold what the kernel before last left.
     return tl.load(
@@ -90,7 +67,7 @@ def _load_tokens_4(x_ptr, stride_t, num_tokens, column, SIZE: tl.constexpr, TOKE
 
 
 @triton.jit
-def _columns_4(GROUPS: tl.constexpr):
+def _columns(GROUPS: tl.constexpr):
     return tl.arange(0, GROUPS)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, None, :]
 
 
@@ -151,31 +128,31 @@ def _multiply_add(
     """Program i has outputs [i * ROWS, (i + 1) * ROWS). WHOLE: a power of two that holds all inputs."""
     EVEN: tl.constexpr = SIZE % COLUMNS == 0
     row_R = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), OUTPUTS - 1)
-    column = _columns_4(COLUMNS // 8)
+    column = _columns(COLUMNS // 8)
     if PDL:
         dependent.release()
-    weight = _load_weights_4(weight_ptr, row_R, column, SIZE, EVEN)
+    weight = _load_weights(weight_ptr, row_R, column, SIZE, EVEN)
     if SILU:
-        up = _load_weights_4(weight_ptr, row_R + OUTPUTS, column, SIZE, EVEN)
+        up = _load_weights(weight_ptr, row_R + OUTPUTS, column, SIZE, EVEN)
     if NORM:
         scale = tl.load(norm_ptr + column, mask=column < SIZE, other=0.0)
     if PDL:
         dependent.wait()
-    x = _load_tokens_4(x_ptr, stride_t, num_tokens, column, SIZE, TOKENS)
+    x = _load_tokens(x_ptr, stride_t, num_tokens, column, SIZE, TOKENS)
     residual_TR = _load_residual(out_ptr, row_R, num_tokens, OUTPUTS, TOKENS, ADD)
     if NORM:
         value = x.to(tl.float32)
         if COLUMNS < SIZE:
-            value = _load_tokens_4(x_ptr, stride_t, num_tokens, _columns_4(WHOLE // 8), SIZE, TOKENS).to(tl.float32)
+            value = _load_tokens(x_ptr, stride_t, num_tokens, _columns(WHOLE // 8), SIZE, TOKENS).to(tl.float32)
         root_T1 = tl.rsqrt(tl.sum(tl.sum(value * value, axis=3), axis=0) / SIZE + eps)
     sum_GTR = tl.zeros([COLUMNS // 8, TOKENS, ROWS], dtype=tl.float32)
     other_GTR = tl.zeros([COLUMNS // 8, TOKENS, ROWS], dtype=tl.float32)
     # Each turn computes what the turn before has loaded, after it has asked for the next turn's.
     for start in range(COLUMNS, SIZE, COLUMNS):
-        next_x = _load_tokens_4(x_ptr, stride_t, num_tokens, start + column, SIZE, TOKENS)
-        next_weight = _load_weights_4(weight_ptr, row_R, start + column, SIZE, EVEN)
+        next_x = _load_tokens(x_ptr, stride_t, num_tokens, start + column, SIZE, TOKENS)
+        next_weight = _load_weights(weight_ptr, row_R, start + column, SIZE, EVEN)
         if SILU:
-            next_up = _load_weights_4(weight_ptr, row_R + OUTPUTS, start + column, SIZE, EVEN)
+            next_up = _load_weights(weight_ptr, row_R + OUTPUTS, start + column, SIZE, EVEN)
         if NORM:
             x = _weighted(x, root_T1, scale)
             scale = tl.load(norm_ptr + start + column, mask=start + column < SIZE, other=0.0)
@@ -193,49 +170,6 @@ def _multiply_add(
     if SILU:
         other_GTR += _products(x, up)
         other_TR = tl.sum(other_GTR, axis=0)
-    _finish(
-        sum_TR, other_TR, residual_TR, bias_ptr, row_R, out_ptr, num_tokens, OUTPUTS, TOKENS, BIAS, SILU, ADD
-    )  # fmt: skip
-
-
-@triton.jit
-def _prefetch(weight_ptr, row_R, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Asks for the first COLUMNS inputs' weights to be brought into L2, by lines of 128 bytes (64 elements)."""
-    line_L = tl.minimum(tl.arange(0, COLUMNS // 64) * 64, SIZE - 1)
-    address_RL = weight_ptr + row_R.to(tl.int64)[:, None] * SIZE + line_L[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address_RL.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def _matrix(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, num_tokens, stride_t,
-    SIZE: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr, DOT_TYPE: tl.constexpr,
-    BIAS: tl.constexpr, SILU: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Program i has outputs [i * ROWS, (i + 1) * ROWS)."""
-    TOKENS: tl.constexpr = 16
-    EVEN: tl.constexpr = SIZE % COLUMNS == 0
-    row_R = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), OUTPUTS - 1)
-    column_C = tl.arange(0, COLUMNS)
-    if PDL:
-        dependent.release()
-        _prefetch(weight_ptr, row_R, SIZE, PREFETCH)
-        if SILU:
-            _prefetch(weight_ptr, row_R + OUTPUTS, SIZE, PREFETCH)
-        dependent.wait()
-    residual_TR = _load_residual(out_ptr, row_R, num_tokens, OUTPUTS, TOKENS, ADD)
-    sum_TR = tl.zeros([TOKENS, ROWS], dtype=tl.float32)
-    other_TR = sum_TR
-    for start in tl.range(0, SIZE, COLUMNS, num_stages=STAGES):
-        x_TC = _load_tokens(x_ptr, stride_t, num_tokens, start + column_C, SIZE, TOKENS)
-        weight_RC = _load_weights(weight_ptr, row_R, start + column_C, SIZE, EVEN)
-        sum_TR = tl.dot(x_TC.to(DOT_TYPE), tl.trans(weight_RC).to(DOT_TYPE), sum_TR)
-        if SILU:
-            up_RC = _load_weights(weight_ptr, row_R + OUTPUTS, start + column_C, SIZE, EVEN)
-            other_TR = tl.dot(x_TC.to(DOT_TYPE), tl.trans(up_RC).to(DOT_TYPE), other_TR)
     _finish(
         sum_TR, other_TR, residual_TR, bias_ptr, row_R, out_ptr, num_tokens, OUTPUTS, TOKENS, BIAS, SILU, ADD
     )  # fmt: skip
@@ -279,8 +213,6 @@ def linear_add_(
 def choose_tile(num_tokens: int, num_outputs: int, size: int, silu: bool) -> Tile:
     """A tile for a layer, by its shape alone. Runs of `quire bench kernels --only linear --variants` say which are good."""
     pairs = 2 if silu else 1
-    if num_tokens > MULTIPLY_ADD:
-        return Tile(rows=16, columns=256, num_warps=2, num_stages=4)
     whole = triton.next_power_of_2(size)
     if whole <= 1024:  # 16 KB of weights in registers, 64 elements a thread
         return Tile(rows=8 // pairs, columns=whole, num_warps=4) if num_tokens <= 2 else Tile(4 // pairs, whole, 2)
@@ -325,15 +257,6 @@ def _launch(
     shape = {"SIZE": size, "OUTPUTS": num_outputs, "ROWS": tile.rows, "COLUMNS": columns}
     does = {"BIAS": bias is not None, "SILU": silu, "ADD": add}
     bias = weight if bias is None else bias  # any tensor of the type will do
-    if tile.num_stages:
-        if norm is not None:
-            raise ValueError("norm is computed without matrix units only")
-        _matrix[grid](
-            x_TH, weight, bias, out_TO, num_tokens, x_TH.stride(0),
-            **shape, **does, **pdl, STAGES=tile.num_stages, PREFETCH=max(64, min(512, columns)),
-            DOT_TYPE=_DOT_TYPES[torch.float32 if triton.knobs.runtime.interpret else x_TH.dtype], num_warps=tile.num_warps,
-        )  # fmt: skip
-        return
     norm_weight, eps = norm or (weight, 0.0)
     _multiply_add[grid](
         x_TH, weight, norm_weight, bias, out_TO, num_tokens, x_TH.stride(0), eps,
