@@ -19,8 +19,9 @@ if HAS_CUDA:
     pytestmark.append(pytest.mark.gpu)
 on_the_card = pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device on this machine")
 
-# Relative errors of whole results. The interpreter cuts bf16 off instead of rounding it.
-TOLERANCE = {torch.bfloat16: 5e-3 if HAS_CUDA else 2e-2, torch.float16: 1e-3, torch.float32: 1e-5}
+# Relative errors of whole results. The interpreter cuts bf16 off instead of rounding it; the card's matrix units cut off
+# their fp32 sums: 1.6e-5 in all over 14,336 inputs.
+TOLERANCE = {torch.bfloat16: 5e-3 if HAS_CUDA else 2e-2, torch.float16: 1e-3, torch.float32: 3e-5 if HAS_CUDA else 1e-6}
 REAL = [
     (1024, 4096),
     (2048, 1024),
@@ -133,17 +134,17 @@ def test_what_does_not_fit_raises() -> None:
 def test_some_tokens_of_a_gpu_with_a_copy_engine_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_has_tma", lambda index: True)
     small, large = random(1024, 1024), random(8192, 2048)
-    assert linear.takes(random(256, 1024), small, None) == HAS_CUDA
+    assert linear.takes(random(128, 1024), small, None) == HAS_CUDA
     assert linear.takes(random(64, 2048), large, None) == HAS_CUDA
     assert linear.takes(random(128, 2048), large, None, silu=True) == HAS_CUDA
-    assert not linear.takes(random(65, 2048), large, None)
-    assert not linear.takes(random(129, 2048), large, None, silu=True)
-    assert not linear.takes(random(257, 1024), small, None) and not linear.takes(random(0, 1024), small, None)
-    assert not linear.takes(random(8, 1024, dtype=torch.float32), small.float(), None)
-    assert not linear.takes(random(8, 1024), small, random(1024), in_pieces=True)
-    assert not linear.takes(random(8, 1028)[:, 4:], small, None), "not aligned as the copy engine wants it"
+    assert not linear.takes(random(128, 2048), large, None)
+    assert not linear.takes(random(96, 2048), large, None, silu=True), "tiles not full"
+    assert not linear.takes(random(256, 1024), small, None) and not linear.takes(random(0, 1024), small, None)
+    assert not linear.takes(random(16, 1024, dtype=torch.float32), small.float(), None)
+    assert not linear.takes(random(16, 1024), small, random(1024), in_pieces=True)
+    assert not linear.takes(random(16, 1028)[:, 4:], small, None), "not aligned as the copy engine wants it"
     monkeypatch.setattr(linear, "_has_tma", lambda index: False)
-    assert not linear.takes(random(8, 1024), small, None)
+    assert not linear.takes(random(16, 1024), small, None)
 
 
 @on_the_card

@@ -1,4 +1,4 @@
-"""The rows of `quire bench kernels` for linear layers: ours beside cuBLAS at 1 to 256 tokens, as weights read in a second.
+"""The rows of `quire bench kernels` for linear layers: ours beside cuBLAS at 1 to 128 tokens, as weights read in a second.
 
 Each layer is that of a model's shape, with what our kernels fuse into it: for few tokens (`skinny`) norm before qkv and
 gate_up, SiLU x up after gate_up, the residual's addition after o and down; for more (`linear`) SiLU x up, and o and down are
@@ -81,7 +81,7 @@ LAYERS = (
     Layer("8B down", 14336, 4096),
 )
 WORKS = tuple(
-    (f"linear {layer.name} x{tokens}", layer, tokens) for layer in LAYERS for tokens in (1, 2, 4, 16, 32, 64, 128, 256)
+    (f"linear {layer.name} x{tokens}", layer, tokens) for layer in LAYERS for tokens in (1, 2, 4, 16, 32, 64, 128)
 )
 
 

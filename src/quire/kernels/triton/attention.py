@@ -71,7 +71,7 @@ def _merge_slots(
     max_R = tl.full([ROWS], HIDDEN, dtype=tl.float32)
     total_R = tl.zeros([ROWS], dtype=tl.float32)
     acc_RD = tl.zeros([ROWS, D], dtype=tl.float32)
-    for start in tl.range(0, num_slots, SLOTS, num_stages=3):
+    for start in range(0, num_slots, SLOTS):
         slot_P = start + tl.arange(0, SLOTS)
         partial_PR = ((first_slot + slot_P) * NUM_KV_HEADS + kv_head).to(tl.int64)[:, None] * partial_rows + row_R[
             None, :
