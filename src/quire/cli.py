@@ -490,6 +490,7 @@ def _bench(args: argparse.Namespace) -> int:
         for name, text in benches.items():
             print(f"{name:{width}}  {text}")
         return 0
+    args.name = args.name.replace("-", "_")
     if args.name not in benches:
         raise ConfigError(f"there is no benchmark {args.name}; there are: {', '.join(benches) or 'none'}")
     module = importlib.import_module(f"quire.bench.{args.name}")
