@@ -79,6 +79,53 @@ def test_each_failure_is_counted_by_its_reason(tmp_path):
     }
 
 
+class WholeServer(SseServer):
+    """Answers by a reply's `message`."""
+
+    async def _stream(self, writer, is_chat, reply):
+        self._chunk(writer, reply.message.encode())
+        writer.write(b"0\r\n\r\n")
+
+
+def test_answers_in_one_piece_are_timed_by_their_end(tmp_path):
+    def behave(path, body, count):
+        assert body["stream"] is False and "stream_options" not in body
+        what = {"message": {"content": "xy"}} if "chat" in path else {"text": "xy"}
+        usage = {"prompt_tokens": 7, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 3}}
+        answer = {"choices": [{"index": 0, **what, "finish_reason": "length"}], "usage": usage}
+        return Reply(message=json.dumps(answer if count < 3 else {"choices": []}))
+
+    for endpoint in ("completions", "chat"):
+        with WholeServer(behave) as server:
+            argv = ("--no-stream", "--num-prompts", "3", "--endpoint", endpoint, "--offline-s", "0.5")
+            path = tmp_path / "records.jsonl"
+            found = measured(tmp_path, server, *argv, "--records", str(path), status=1)
+        assert found["requests_ok"] == 2 and found["errors"] == {"what came is no answer": 1}
+        assert found["output_tokens"] == 4 and found["prompt_tokens"] == 14 and found["cached_prompt_tokens"] == 6
+        assert found["times_offline"] == pytest.approx(found["duration_s"] / 0.5)
+        rows = {row["ms"]: row for row in found["rows"]}
+        assert rows["TTFT"]["mean"] is rows["TPOT"]["mean"] is None and rows["E2E"]["mean"] > 0
+        assert json.loads(path.read_text().splitlines()[0])["finish_reason"] == "length"
+
+
+def test_several_processes_send_what_one_would(tmp_path):
+    argv = ("--num-prompts", "7", "--num-warmups", "0", "--seed", "3", "--max-concurrency", "4")
+    found, sent = [], []
+    for more in ((), ("--client-processes", "3")):
+        with SseServer(lambda path, body, count: Reply(["x"] * 5, 0.01, cached=4)) as server:
+            path = tmp_path / "records.jsonl"
+            found.append(measured(tmp_path, server, *argv, *more, "--records", str(path)))
+        sent.append(sorted(json.dumps(body) for body in server.bodies))
+        assert server.most_at_once <= 5  # one more for /metrics
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [record["index"] for record in records] == list(range(7))
+        assert all(len(record["token_s"]) == 5 and record["error"] is None for record in records)
+        assert all(0 <= record["sent_s"] < record["token_s"][0] for record in records)
+    assert sent[0] == sent[1]
+    for name in ("requests_ok", "output_tokens", "prompt_tokens", "cached_prompt_tokens"):
+        assert found[0][name] == found[1][name] > 0
+
+
 def test_tokens_are_counted_where_the_server_tells_no_usage(tmp_path):
     with SseServer(lambda path, body, count: Reply(["x"] * 7, with_usage=False)) as server:
         assert measured(tmp_path, server, "--num-prompts", "1")["output_tokens"] == 7
@@ -158,6 +205,21 @@ def test_what_came_until_ctrl_c_is_told(tmp_path):
     assert found["requests_ok"] == 1 and found["errors"] == {"interrupted": 1}
 
 
+def test_what_several_processes_have_until_ctrl_c_is_told(tmp_path):
+    workload = tmp_path / "lengths.json"
+    workload.write_text("[[5, 1], [5, 1], [5, 2]]")
+    with SseServer(lambda path, body, count: Reply(pause_s=30.0 if body["max_tokens"] == 2 else 0.0)) as server:
+        argv = ("--url", server.url, "--workload", str(workload), "--num-warmups", "0", "--client-processes", "2")
+        command = [sys.executable, "-m", "quire", "bench", "serve", *argv, "--json", "-"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+            while len(server.bodies) < 3:
+                time.sleep(0.01)
+            client.send_signal(signal.SIGINT)
+            found = json.loads(client.communicate(timeout=30)[0])
+    assert client.returncode == 130
+    assert found["requests_ok"] <= 2 and found["errors"] == {"interrupted": 3 - found["requests_ok"]}
+
+
 def test_pictures_are_written(tmp_path):
     pytest.importorskip("matplotlib")
     with SseServer() as server:
@@ -178,6 +240,8 @@ def test_pictures_are_written(tmp_path):
         (["--first-seconds", "5", "--workload", "LIST"], "tells no times"),
         (["--prompt-kind", "ids", "--endpoint", "chat"], "--prompt-kind ids needs"),
         (["--extra-body", "[1]"], "not a JSON object"),
+        (["--client-processes", "3", "--max-concurrency", "2"], "at least --client-processes"),
+        (["--offline-s", "0"], "not a number above 0"),
     ],
 )
 def test_mistakes_are_one_line(argv, message, tmp_path, capsys):

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from quire.config import EngineConfig
-from quire.engine.client import EngineClient, Health
+from quire.engine.client import EngineClient, Health, Mailbox
+from quire.engine.codec import Report
 from quire.errors import EngineDeadError, ModelError, RequestError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
@@ -61,6 +62,63 @@ def test_streams_of_each_kind(tiny_model: Path) -> None:
         assert client.counts.num_running == 0 and client.counts.steps >= 6
         usage = await client.slot_usage()
         assert usage is not None and usage.free + usage.cached == usage.total
+
+    with_client(tiny_model, work)
+
+
+def test_what_brings_only_tokens_comes_in_columns_and_reads_the_same(tiny_model: Path) -> None:
+    async def work(client: EngineClient) -> None:
+        reports: list[Report] = []
+        take = client._take_report
+
+        def note(report: Report) -> None:
+            reports.append(report)
+            take(report)
+
+        client._take_report = note  # type: ignore[method-assign]
+        params = {**GREEDY, "max_tokens": 12, "output_kind": RequestOutputKind.DELTA}
+        await collect(client.generate([5] * 40, SamplingParams(**params)))
+        reports.clear()
+        plain = await collect(client.generate([5] * 40, SamplingParams(**params), "plain"))
+        assert [row for report in reports for row in report.tokens.request_ids] == ["plain"] * 10
+        assert sum(len(report.outputs) for report in reports) == 2  # the first and the last say more
+        reports.clear()
+        full = await collect(client.generate([5] * 40, SamplingParams(**params, logprobs=0), "full"))
+        assert sum(len(report.outputs) for report in reports) == 12
+        assert not any(report.tokens.request_ids for report in reports)
+        both = await collect(client.generate([5] * 40, SamplingParams(**params, n=2)))
+        for outputs in (plain, full, both):
+            assert [list(output.outputs[0].token_ids) for output in outputs] == [
+                list(output.outputs[0].token_ids) for output in plain
+            ]
+            for output in outputs:
+                assert output.prompt_token_ids == [5] * 40 and (output.num_cached_tokens or 0) >= 16
+        assert {len(output.outputs) for output in both} == {2}
+
+    with_client(tiny_model, work)
+
+
+def test_a_reader_is_woken_once_for_all_that_came(tiny_model: Path) -> None:
+    async def work(client: EngineClient) -> None:
+        mailbox, params = Mailbox(), SamplingParams(**GREEDY, max_tokens=5, output_kind=RequestOutputKind.DELTA)
+        for name in ("a", "b"):
+            client.submit(name, mailbox, [5], params)
+        with pytest.raises(RequestError, match="in use"):
+            client.submit("a", Mailbox(), [5], params)
+        while client._streams:
+            await asyncio.sleep(0.01)
+        items = await mailbox.take()  # nobody has read until now
+        outputs = [item for item in items if isinstance(item, RequestOutput)]
+        assert len(outputs) == len(items) == 10
+        assert [output.finished for output in outputs if output.request_id == "a"] == [False] * 4 + [True]
+        client.submit("c", mailbox, [1000], params)
+        (error,) = await mailbox.take()
+        assert isinstance(error, RequestError) and error.param == "prompt"
+        client.submit("d", mailbox, [5], SamplingParams(**GREEDY, max_tokens=240))
+        client.drop("d", Mailbox())  # another's
+        assert len(await mailbox.take()) >= 1
+        client.drop("d", mailbox)
+        await until_empty(client)
 
     with_client(tiny_model, work)
 

@@ -12,10 +12,7 @@ import statistics
 from typing import Any
 
 from quire.bench.report import add_report_arguments, report
-from quire.bench.summary import Summary, is_good, parse_goodput, percentile  # where `bench serve` looks for them
 from quire.errors import ConfigError
-
-__all__ = ["Summary", "is_good", "parse_goodput", "percentile"]
 
 HELP = "time to the first token and per token of requests given at once, beside their floors"
 

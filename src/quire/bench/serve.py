@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from quire.bench.http import HttpError, Target
-from quire.bench.latency import Summary, parse_goodput
-from quire.bench.load import INTERRUPTED, PATHS, Job, Load, Record, error_message
+from quire.bench.summary import Summary, parse_goodput
+from quire.bench.load import INTERRUPTED, PATHS, Job, Load, Record, SplitLoad, error_message
 from quire.bench.report import add_report_arguments, report
 from quire.bench.timeline import Sample, check_can_plot, plot, sample, waste_ratio, watch
 from quire.bench.traffic import (
@@ -97,6 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="answers go on to their length; the server must know this extra (default: where lengths are given)",
     )
+    what.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ask for streams; without, for answers in one piece, of which only the end is timed (default: yes)",
+    )
     what.add_argument("--extra-body", type=_json_object, default={}, metavar="JSON", help="put into each request")
 
     when = parser.add_argument_group("arrivals")
@@ -115,12 +121,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     when.add_argument("--time-scale", type=_positive, default=1.0, metavar="X", help="multiplies a trace's times")
     when.add_argument("--max-concurrency", type=_count, metavar="N", help="requests on their way at once, at most")
+    when.add_argument(
+        "--client-processes",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="processes that send, for loads of which one would be the limit itself: see client_cpu_share (default: 1)",
+    )
     when.add_argument("--seed", type=int, default=0, help="of prompts and gaps (default: 0)")
 
     told = parser.add_argument_group("results")
     told.add_argument("--goodput", nargs="+", default=[], metavar="NAME:MS", help="limits: ttft:500 tpot:50 e2e:8000")
     told.add_argument(
         "--num-warmups", type=int, default=1, metavar="N", help="short requests before it begins (default: 1)"
+    )
+    told.add_argument(
+        "--offline-s", type=_positive, metavar="S", help="what the same requests take without HTTP: tells the ratio"
     )
     told.add_argument("--plot", metavar="FILE", help="draw /metrics over time: FILE.svg and FILE.png")
     told.add_argument("--records", metavar="FILE", help="write a JSON line for each request")
@@ -141,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
     summary = Summary(outcome.records, outcome.duration_s, limits)
     facts = {**outcome.plan.facts, **summary.facts()}
     facts["client_cpu_share"] = outcome.client_cpu_s / max(outcome.duration_s, 1e-9)
+    if args.offline_s is not None:
+        facts["times_offline"] = outcome.duration_s / args.offline_s
     if (waste := waste_ratio(outcome.samples)) is not None:
         facts["kv_internal_waste_share"] = waste
     if args.records:
@@ -174,6 +192,8 @@ def make_plan(args: argparse.Namespace, model: str, server_max_len: int | None) 
     items = _choose_items(args)
     is_text = items[0].text is not None
     endpoint = args.endpoint or ("chat" if is_text else "completions")
+    if args.max_concurrency is not None and args.max_concurrency < args.client_processes:
+        raise ConfigError("--max-concurrency must be at least --client-processes")
     if args.prompt_kind == "ids" and (is_text or endpoint == "chat"):
         raise ConfigError("--prompt-kind ids needs a workload of lengths and --endpoint completions")
     as_ids = not is_text and endpoint == "completions" and args.prompt_kind != "text"
@@ -183,7 +203,8 @@ def make_plan(args: argparse.Namespace, model: str, server_max_len: int | None) 
     items, facts = _scale(args.length_scale, items, limit)
     times, how = _choose_times(args, items)
     maker = PromptMaker(args.vocab_size, args.seed)
-    fixed = {"model": model, "stream": True, "stream_options": {"include_usage": True}, "temperature": args.temperature}
+    fixed = {"model": model, "stream": args.stream, "temperature": args.temperature}
+    fixed |= {"stream_options": {"include_usage": True}} if args.stream else {}
     ignore_eos = not is_text if args.ignore_eos is None else args.ignore_eos
     fixed |= {"ignore_eos": True} if ignore_eos else {}
 
@@ -255,21 +276,22 @@ async def _measure(args: argparse.Namespace) -> Outcome:
     model, server_max_len = await _ask_model(target, args.model)
     plan = make_plan(args, model, server_max_len)
     for _ in range(args.num_warmups):
-        await _warm_up(target, plan, args.timeout)
+        await _warm_up(target, plan, args.timeout, args.stream)
     with _progress(len(plan.jobs)) as advance:
-        load = Load(target, plan.endpoint, args.max_concurrency, args.timeout, lambda _: advance())
+        make = partial(SplitLoad, args.client_processes) if args.client_processes > 1 else Load
+        load = make(target, plan.endpoint, args.max_concurrency, args.timeout, lambda _: advance(), args.stream)
         samples: list[Sample] = []
         began_s = time.perf_counter()
-        began_cpu_s = time.process_time()
+        began_cpu_s = load.cpu_s
 
         def now_s() -> float:
-            return time.perf_counter() - began_s
+            return time.perf_counter() - (load.began_s or began_s)
 
         watcher = asyncio.create_task(watch(target, samples, now_s, lambda: load.num_active))
         # Ctrl-C cancels this task: what has come back until then is told all the same
         with contextlib.suppress(asyncio.CancelledError):
             await load.run(plan.jobs)
-        duration_s, cpu_s = now_s(), time.process_time() - began_cpu_s
+        duration_s, cpu_s = now_s(), load.cpu_s - began_cpu_s
         watcher.cancel()
         samples.append(await sample(target, duration_s, load.num_active))
     return Outcome(plan, load.records, samples, duration_s, cpu_s)
@@ -293,8 +315,8 @@ async def _ask_model(target: Target, wanted: str | None) -> tuple[str, int | Non
     return name, models.get(name)
 
 
-async def _warm_up(target: Target, plan: Plan, timeout_s: float) -> None:
-    load = Load(target, plan.endpoint, timeout_s=timeout_s)
+async def _warm_up(target: Target, plan: Plan, timeout_s: float, is_streamed: bool) -> None:
+    load = Load(target, plan.endpoint, timeout_s=timeout_s, is_streamed=is_streamed)
     await load.run([Job(0.0, lambda: plan.warm_up)])
     error = load.records[0].error
     if error is not None:

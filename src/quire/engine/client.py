@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -51,7 +51,7 @@ from quire.engine.codec import (
 from quire.engine.explain import Explanation
 from quire.engine.input import Prompt
 from quire.errors import CapacityError, ConfigError, EngineDeadError, ModelError, QuireError, RequestError, WeightsError
-from quire.outputs import RequestOutput
+from quire.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from quire.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,9 @@ FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0  # before a dead engine is started again;
 STEADY_S = 60.0  # an engine that has lived so long starts with the first pause again
 END_S = 5.0  # for a process to end by itself before it is killed
 USAGE_AGE_S, USAGE_WAIT_S = 1.0, 1.0
+# Of reports that this side has not read yet, before the engine waits for it: many steps', for they must not wait while this
+# process is busy with a burst of new requests. (The system may allow less.)
+SOCKET_BYTES = 1 << 20
 
 
 class Health(Enum):
@@ -75,28 +78,64 @@ class Health(Enum):
     STOPPED = "stopped"
 
 
+class Mailbox:
+    """Where the outputs of some requests come in, in their order, and how these requests fail. One task reads it.
+
+    It is woken once for all that came at a time: a reader who falls behind finds more, and needs less time for each.
+    """
+
+    def __init__(self) -> None:
+        self._items: list[RequestOutput | Exception] = []
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, item: RequestOutput | Exception) -> None:
+        self._items.append(item)
+        if self._reader is not None:
+            _answer(self._reader, None)
+            self._reader = None
+
+    async def take(self) -> list[RequestOutput | Exception]:
+        """All that is there; waits for something."""
+        while not self._items:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        items, self._items = self._items, []
+        return items
+
+
 @dataclass(slots=True)
 class _Stream:
-    """One request's outputs on their way to who waits for them, and what came with the first of them."""
+    """One request's outputs on their way to a mailbox, and what came with the first of them."""
 
-    prompt: str | None
-    prompt_token_ids: list[int] | None
-    items: asyncio.Queue[RequestOutput | Exception] = field(default_factory=asyncio.Queue)
+    request_id: str
+    mailbox: Mailbox
+    prompt: str | None = None
+    prompt_token_ids: list[int] | None = None
     prompt_logprobs: Any = None
+    num_cached_tokens: int | None = None
 
     def take(self, output: Output) -> None:
-        self.prompt_token_ids = output.prompt_token_ids or self.prompt_token_ids
-        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
-        self.items.put_nowait(
-            RequestOutput(
-                request_id=output.request_id,
-                prompt=self.prompt,
-                prompt_token_ids=self.prompt_token_ids,
-                prompt_logprobs=self.prompt_logprobs,
-                outputs=output.completions,
-                finished=output.finished,
-                metrics=output.metrics,
-                num_cached_tokens=output.num_cached_tokens,
+        if output.prompt_token_ids:
+            self.prompt_token_ids = output.prompt_token_ids
+        if output.prompt_logprobs:
+            self.prompt_logprobs = output.prompt_logprobs
+        if output.num_cached_tokens is not None:
+            self.num_cached_tokens = output.num_cached_tokens
+        self.tell(output.completions, output.finished, output.metrics)
+
+    def tell(
+        self, completions: list[CompletionOutput], finished: bool = False, metrics: RequestMetrics | None = None
+    ) -> None:
+        self.mailbox.put(
+            RequestOutput(  # by position: one for each token
+                self.request_id,
+                self.prompt,
+                self.prompt_token_ids,
+                self.prompt_logprobs,
+                completions,
+                finished,
+                metrics,
+                self.num_cached_tokens,
             )
         )
 
@@ -161,6 +200,7 @@ class EngineClient:
 
     async def _launch(self) -> None:
         ours, theirs = socket.socketpair()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
         with theirs:
             # -P: what lies in the working directory is not ours to import
             self._process = await asyncio.create_subprocess_exec(
@@ -168,7 +208,7 @@ class EngineClient:
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
             )
-        self._reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=SOCKET_BYTES)
         self._send(Start(self.config))
         match await self._receive():
             case Ready(info=info, counts=counts):
@@ -261,6 +301,10 @@ class EngineClient:
     def _take_report(self, report: Report) -> None:
         self.counts = report.counts
         self._progress_s = self._clock()
+        told = report.tokens
+        for request_id, text, token_ids in zip(told.request_ids, told.texts, told.token_ids):
+            if (stream := self._streams.get(request_id)) is not None:
+                stream.tell([CompletionOutput(0, text, token_ids)])
         for output in report.outputs:
             if (stream := self._streams.get(output.request_id)) is not None:
                 stream.take(output)
@@ -268,7 +312,7 @@ class EngineClient:
                     del self._streams[output.request_id]
         for refusal in report.refusals:
             if (stream := self._streams.pop(refusal.request_id, None)) is not None:
-                stream.items.put_nowait(RequestError(refusal.message, param=refusal.param))
+                stream.mailbox.put(RequestError(refusal.message, param=refusal.param))
 
     # -- requests --------------------------------------------------------------------------------------------------------
     async def generate(
@@ -285,27 +329,39 @@ class EngineClient:
         Leaving the loop early, or cancelling its task, aborts the request. Raises RequestError if the request is wrong,
         EngineDeadError if the engine is not there or stops.
         """
-        request_id = request_id or f"request-{next(self._ids)}"
-        stream = self._add(request_id, prompt, sampling_params or SamplingParams(), priority, client)
-        async for output in self._outputs(request_id, stream):
+        request_id, mailbox = request_id or f"request-{next(self._ids)}", Mailbox()
+        params = SamplingParams() if sampling_params is None else sampling_params
+        self.submit(request_id, mailbox, prompt, params, priority=priority, client=client)
+        async for output in self._outputs(request_id, mailbox):
             yield output
 
-    async def _outputs(self, request_id: str, stream: _Stream) -> AsyncGenerator[RequestOutput, None]:
-        """The items of a stream, up to the request's end; whoever stops before that ends the request."""
+    async def _outputs(self, request_id: str, mailbox: Mailbox) -> AsyncGenerator[RequestOutput, None]:
+        """What comes of one request, up to its end; whoever stops before that ends the request."""
         try:
             while True:
-                if not stream.items.empty():
-                    await asyncio.sleep(0)  # who has much to catch up with still lets the others have their turn
-                item = await stream.items.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-                if item.finished:
-                    return
+                for item in await mailbox.take():
+                    if isinstance(item, Exception):
+                        raise item
+                    yield item
+                    if item.finished:
+                        return
         finally:
-            self._drop(request_id, stream)
+            self.drop(request_id, mailbox)
 
-    def _add(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int, client: str) -> _Stream:
+    def submit(
+        self,
+        request_id: str,
+        mailbox: Mailbox,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        client: str = "",
+    ) -> None:
+        """Begins a request whose outputs come into `mailbox`; the last has finished=True, or an exception ends it.
+
+        Raises as `generate`. Who no longer reads tells it by `drop`.
+        """
         given = (
             prompt
             if isinstance(prompt, Mapping)
@@ -315,17 +371,20 @@ class EngineClient:
         # the engine's process would take anything of another type for a broken stream
         if not (isinstance(params, SamplingParams) and isinstance(priority, int) and isinstance(salt, str | None)):
             raise RequestError("parameters are SamplingParams, priority is an integer, cache_salt a string")
-        stream = _Stream(content, None) if isinstance(content, str) else _Stream(None, content)
-        self._send_new(Add(request_id, content, params, priority, salt, client), {request_id: stream})
-        return stream
+        stream = _Stream(request_id, mailbox)
+        if isinstance(content, str):
+            stream.prompt = content
+        else:
+            stream.prompt_token_ids = content
+        self._send_new(Add(request_id, content, params, priority, salt, client), [stream])
 
-    def _send_new(self, message: Add | Fork, streams: Mapping[str, _Stream]) -> None:
+    def _send_new(self, message: Add | Fork, streams: Sequence[_Stream]) -> None:
         """Sends what begins the requests of `streams`. Raises RequestError or EngineDeadError, with nothing sent."""
         if self._health is not Health.OK:
             raise EngineDeadError(f"the engine is {self._health.value}: try again later")
-        for request_id in streams:
-            if request_id in self._streams:
-                raise RequestError(f"request id {request_id!r} is in use", param="request_id")
+        for stream in streams:
+            if stream.request_id in self._streams:
+                raise RequestError(f"request id {stream.request_id!r} is in use", param="request_id")
         try:
             frame = encode(message)
         except (UnicodeEncodeError, OverflowError, TypeError) as error:
@@ -333,7 +392,7 @@ class EngineClient:
             raise RequestError(f"the request cannot be written down: {error}", param=param) from error
         if not self._streams:
             self._progress_s = self._clock()
-        self._streams.update(streams)
+        self._streams.update((stream.request_id, stream) for stream in streams)
         self._added += len(streams)
         assert self._writer is not None
         self._writer.write(frame)
@@ -356,10 +415,33 @@ class EngineClient:
         ids = list(branch_ids) if branch_ids is not None else [f"{request_id}-{next(self._ids)}" for _ in range(n)]
         if not ids or len(set(ids)) < len(ids):
             raise RequestError(f"n must be at least 1, and ids differ: {ids}", param="n")
+        boxes = {branch_id: Mailbox() for branch_id in ids}
+        await self.submit_fork(
+            request_id,
+            boxes,
+            append_tokens=append_tokens,
+            sampling_params=sampling_params,
+            index=index,
+            client=client,
+        )
+        return [Branch(branch_id, self, self._outputs(branch_id, mailbox)) for branch_id, mailbox in boxes.items()]
+
+    async def submit_fork(
+        self,
+        request_id: str,
+        branches: Mapping[str, Mailbox],
+        *,
+        append_tokens: str | Sequence[int] | None = None,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        index: int = 0,
+        client: str | None = None,
+    ) -> None:
+        """The same, with an id for each branch and the mailbox that its outputs come into, as `submit` has it."""
         append = append_tokens if isinstance(append_tokens, str | None) else _token_ids(append_tokens, "append")
         params = sampling_params if isinstance(sampling_params, SamplingParams) else None
         changes = {} if params is not None else dict(sampling_params or {})  # type: ignore[arg-type]
-        streams = {branch_id: _Stream(None, None) for branch_id in ids}
+        ids = list(branches)
+        streams = [_Stream(branch_id, mailbox) for branch_id, mailbox in branches.items()]
         self._send_new(Fork(request_id, ids, append, params, changes, index, client), streams)
         answer = self._forks[ids[0]] = asyncio.get_running_loop().create_future()
         is_done = False
@@ -371,13 +453,13 @@ class EngineClient:
         finally:
             self._forks.pop(ids[0], None)
             if not is_done:
-                for branch_id, stream in streams.items():
-                    self._drop(branch_id, stream)
-        return [Branch(branch_id, self, self._outputs(branch_id, stream)) for branch_id, stream in streams.items()]
+                for branch_id, mailbox in branches.items():
+                    self.drop(branch_id, mailbox)
 
-    def _drop(self, request_id: str, stream: _Stream) -> None:
-        """Nobody reads this stream any more: its request is to end, if it has not."""
-        if self._streams.get(request_id) is stream:
+    def drop(self, request_id: str, mailbox: Mailbox) -> None:
+        """Nobody reads any more what comes of this request: it is to end, if it has not."""
+        stream = self._streams.get(request_id)
+        if stream is not None and stream.mailbox is mailbox:  # and not a later one of the same id
             del self._streams[request_id]
             self._send(Abort(request_id))
 
@@ -393,7 +475,7 @@ class EngineClient:
         streams, self._streams = self._streams, {}
         for request_id, stream in streams.items():
             self._send(Abort(request_id))
-            stream.items.put_nowait(EngineDeadError(why))
+            stream.mailbox.put(EngineDeadError(why))
         waiting: list[asyncio.Future[Any]] = [*self._forks.values(), *self._questions.values()]
         for future in waiting:
             if not future.done():

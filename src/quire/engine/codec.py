@@ -137,8 +137,8 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 class Output(msgspec.Struct, array_like=True, frozen=True):
     """What one request's caller is to hear of a step.
 
-    What does not change comes once, with a request's first output: `prompt_token_ids` (of a prompt that was given as text)
-    and `prompt_logprobs`. `metrics` come with the last.
+    What does not change comes once, with a request's first output: `prompt_token_ids` (of a prompt that was given as text),
+    `prompt_logprobs` and `num_cached_tokens`. `metrics` come with the last.
     """
 
     request_id: str
@@ -150,6 +150,15 @@ class Output(msgspec.Struct, array_like=True, frozen=True):
     metrics: RequestMetrics | None = None
 
 
+class Tokens(msgspec.Struct, array_like=True, frozen=True):
+    """The outputs of a step that bring text and tokens of completion 0 and nothing else, which most do: in columns, where one
+    costs a tenth of what an `Output` does on either side."""
+
+    request_ids: list[str] = []
+    texts: list[str] = []
+    token_ids: list[list[int]] = []
+
+
 class Refusal(msgspec.Struct, array_like=True, frozen=True):
     """A request that was not taken: what is wrong, and with which field."""
 
@@ -159,11 +168,12 @@ class Refusal(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Report(msgspec.Struct, tag=True, frozen=True):
-    """The one message of a step: all that any request is told of it."""
+    """The one message of a step: all that any request is told of it, either by an output or by a row of `tokens`."""
 
     counts: EngineCounts
     outputs: list[Output] = []
     refusals: list[Refusal] = []
+    tokens: Tokens = Tokens()
 
 
 class Usage(msgspec.Struct, tag=True, frozen=True):

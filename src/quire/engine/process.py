@@ -6,6 +6,7 @@ the socket closes, it ends. Does not know HTTP, nor asyncio.
 
 from __future__ import annotations
 
+import gc
 import logging
 import select
 import signal
@@ -35,6 +36,7 @@ from quire.engine.codec import (
     Start,
     StartFailed,
     ToEngine,
+    Tokens,
     Usage,
     body_length,
     encode,
@@ -43,7 +45,7 @@ from quire.engine.codec import (
 from quire.engine.engine import Engine
 from quire.engine.explain import Explanation, without_others
 from quire.errors import QuireError, RequestError
-from quire.outputs import RequestOutput
+from quire.outputs import CompletionOutput, RequestOutput
 from quire.sampling_params import RequestOutputKind, recommended_sampling
 
 logger = logging.getLogger(__name__)
@@ -181,10 +183,19 @@ class EngineProcess:
 
     # -- reports ---------------------------------------------------------------------------------------------------------
     def _tell(self, outputs: list[RequestOutput]) -> None:
-        told = [self._as_told(output) for output in outputs]
+        told: list[Output] = []
+        tokens = Tokens([], [], [])
+        for output in outputs:
+            if not output.finished and output.request_id not in self._untold and _is_plain(output.outputs):
+                (completion,) = output.outputs
+                tokens.request_ids.append(output.request_id)
+                tokens.texts.append(completion.text)
+                tokens.token_ids.append(completion.token_ids)  # type: ignore[arg-type]
+            else:
+                told.append(self._as_told(output))
         self._open.difference_update(output.request_id for output in outputs if output.finished)
         refusals, self._refusals = self._refusals, []
-        self._channel.send(Report(self.count(), told, refusals))
+        self._channel.send(Report(self.count(), told, refusals, tokens))
 
     def _as_told(self, output: RequestOutput) -> Output:
         with_ids = self._untold.pop(output.request_id, None)
@@ -193,7 +204,7 @@ class EngineProcess:
             request_id=output.request_id,
             completions=output.outputs,
             finished=output.finished,
-            num_cached_tokens=output.num_cached_tokens,
+            num_cached_tokens=output.num_cached_tokens if is_first else None,
             prompt_token_ids=list(output.prompt_token_ids or ()) if with_ids else None,
             prompt_logprobs=output.prompt_logprobs if is_first else None,
             metrics=output.metrics if output.finished else None,
@@ -228,6 +239,20 @@ class EngineProcess:
         )
 
 
+def _is_plain(completions: list[CompletionOutput]) -> bool:
+    """One completion, the first, with nothing but text and tokens."""
+    if len(completions) != 1:
+        return False
+    found = completions[0]
+    return (
+        found.index == 0
+        and found.cumulative_logprob is None
+        and found.logprobs is None
+        and found.finish_reason is None
+        and found.beam_score is None
+    )
+
+
 def describe(engine: Engine, parts: list[tuple[str, float]]) -> EngineInfo:
     return EngineInfo(
         max_model_len=engine.max_model_len,
@@ -254,6 +279,8 @@ def serve(channel: Channel, clock: Callable[[], float] = time.monotonic) -> int:
     try:
         parts = [("torch, weights and KV memory", clock() - began_s)]
         process = EngineProcess(channel, engine, clock)
+        gc.collect()
+        gc.freeze()  # a model and its libraries stay: no collection between two steps is to walk through them
         channel.send(Ready(describe(engine, parts), process.count()))
         process.run()
     except OSError:

@@ -18,7 +18,16 @@ from quire.server.errors import ApiError
 from quire.server.generation import FINGERPRINT, THREAD_CHARS, Generation, Job, Service, rename
 from quire.server.logprobs import chat_logprobs, prompt_logprobs
 from quire.server.protocol import ChatRequest, TokenizeRequest
-from quire.server.streaming import DONE, ClientGoneError, GoneResponse, event, start_stream, unless_gone
+from quire.server.streaming import (
+    DONE,
+    MARK,
+    ClientGoneError,
+    EventTemplate,
+    GoneResponse,
+    event,
+    start_stream,
+    unless_gone,
+)
 from quire.server.tool_text import Marks
 from quire.server.tools import FORMATS, Event, ToolFormat, ToolReader, format_of, gather
 
@@ -181,6 +190,10 @@ class _Answer:
         self._readers: dict[int, ToolReader] = {}  # by choice
         self._run = Generation(service, record, [job], _renamed(body))
         self._id = "chatcmpl-" + record.request_id.removeprefix("req-")
+        head = self._head("chat.completion.chunk")
+        self._event_head = {**head, "usage": None} if body.includes_usage else head
+        self._begun: set[int] = set()  # choices of a stream
+        self._templates: dict[int, EventTemplate] = {}  # of what those send mostly: text alone
 
     async def whole(self) -> dict[str, Any]:
         (output,) = await self._run.results()
@@ -207,23 +220,31 @@ class _Answer:
         return found
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        head = self._head("chat.completion.chunk")
-        if self._body.includes_usage:
-            head["usage"] = None
-        begun: set[int] = set()
-        async with aclosing(self._run.outputs()) as outputs:
-            async for _, output in outputs:
-                choices: list[dict[str, Any]] = []
-                for completion in output.outputs:
-                    if completion.index not in begun:
-                        begun.add(completion.index)
-                        choices.append(self._first_choice(completion.index))
-                    choices += self._pieces(completion)
-                if choices:
-                    yield b"".join(event({**head, "choices": [choice]}) for choice in choices)
-        if self._body.includes_usage:
-            yield event({**head, "choices": [], "usage": self._run.usage})
-        yield DONE
+        async with aclosing(self._run.batches()) as batches:
+            async for batch in batches:
+                events = [self._events_of(completion) for _, output in batch for completion in output.outputs]
+                if self._run.is_over:
+                    events.append(self._last_events())
+                if written := b"".join(events):
+                    yield written
+
+    def _events_of(self, completion: CompletionOutput) -> bytes:
+        """What there is to tell of a completion; nothing, if there is none."""
+        index = completion.index
+        if completion.finish_reason is None and (template := self._templates.get(index)) is not None:
+            return template.fill(completion.text) if completion.text else b""
+        choices = [] if index in self._begun else [self._first_choice(index)]
+        self._begun.add(index)
+        if choices and self._tools is None and not (self._body.logprobs or self._body.return_token_ids):
+            (later,) = self._pieces(CompletionOutput(index, MARK, ()))
+            self._templates[index] = EventTemplate({**self._event_head, "choices": [later]})
+        choices += self._pieces(completion)
+        return b"".join(event({**self._event_head, "choices": [choice]}) for choice in choices)
+
+    def _last_events(self) -> bytes:
+        if not self._body.includes_usage:
+            return DONE
+        return event({**self._event_head, "choices": [], "usage": self._run.usage}) + DONE
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

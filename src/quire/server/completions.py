@@ -17,7 +17,16 @@ from quire.server.generation import FINGERPRINT, Generation, Job, Service
 from quire.server.logprobs import CompletionLogprobs, prompt_logprobs
 from quire.server.logs import RequestRecord
 from quire.server.protocol import CompletionRequest
-from quire.server.streaming import DONE, ClientGoneError, GoneResponse, event, start_stream, unless_gone
+from quire.server.streaming import (
+    DONE,
+    MARK,
+    ClientGoneError,
+    EventTemplate,
+    GoneResponse,
+    event,
+    start_stream,
+    unless_gone,
+)
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -122,6 +131,9 @@ class TextAnswer:
         self._n = run.jobs[0].params.n
         self._id = "cmpl-" + record.request_id.removeprefix("req-")
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by index
+        self._begun: set[int] = set()  # choices of a stream, by index
+        self._templates: dict[int, EventTemplate] = {}  # of what those send mostly: text, and token ids if asked for
+        self._event_head = {**self._head(), "usage": None} if form.usage else self._head()
 
     async def whole(self) -> dict[str, Any]:
         choices = []
@@ -135,26 +147,39 @@ class TextAnswer:
         return {**self._head(), "choices": choices, "usage": self._run.usage}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        head = self._head()
-        if self._form.usage:
-            head["usage"] = None
-        begun: set[int] = set()
-        async with aclosing(self._run.outputs()) as outputs:
-            async for job, output in outputs:
-                events = []
-                for completion in output.outputs:
-                    index = job.number * self._n + completion.index
-                    is_first = index not in begun
-                    begun.add(index)
-                    text = (job.text or "") if self._form.echo and is_first else ""
-                    choice = self._choice(job, output, completion, text, is_first=is_first)
-                    if choice["text"] or choice["logprobs"] or choice["finish_reason"] or self._form.token_ids:
-                        events.append(event({**head, "choices": [choice]}))
-                if events:
-                    yield b"".join(events)
-        if self._form.usage:
-            yield event({**head, "choices": [], "usage": self._run.usage})
-        yield DONE
+        async with aclosing(self._run.batches()) as batches:
+            async for batch in batches:
+                events = [
+                    self._event(job, output, completion) for job, output in batch for completion in output.outputs
+                ]
+                if self._run.is_over:
+                    events.append(self._last_events())
+                if written := b"".join(events):
+                    yield written
+
+    def _event(self, job: Job, output: RequestOutput, completion: CompletionOutput) -> bytes:
+        """What there is to tell of a completion; nothing, if there is none."""
+        form, index = self._form, job.number * self._n + completion.index
+        if completion.finish_reason is None and (template := self._templates.get(index)) is not None:
+            if form.token_ids:
+                return template.fill(completion.text, completion.token_ids)
+            return template.fill(completion.text) if completion.text else b""
+        is_first = index not in self._begun
+        self._begun.add(index)
+        if is_first and form.logprobs is None and not form.is_scoring:
+            later = self._choice(job, output, CompletionOutput(completion.index, MARK, ()), "", is_first=False)
+            if form.token_ids:
+                later["token_ids"] = MARK
+            self._templates[index] = EventTemplate({**self._event_head, "choices": [later]})
+        text = (job.text or "") if form.echo and is_first else ""
+        choice = self._choice(job, output, completion, text, is_first=is_first)
+        is_empty = not (choice["text"] or choice["logprobs"] or choice["finish_reason"] or form.token_ids)
+        return b"" if is_empty else event({**self._event_head, "choices": [choice]})
+
+    def _last_events(self) -> bytes:
+        if not self._form.usage:
+            return DONE
+        return event({**self._event_head, "choices": [], "usage": self._run.usage}) + DONE
 
     def _head(self) -> dict[str, Any]:
         return {
@@ -186,7 +211,7 @@ class TextAnswer:
         }
         if completion.beam_score is not None:
             choice["beam_score"], choice["cumulative_logprob"] = completion.beam_score, completion.cumulative_logprob
-        if job.branch is not None:
+        if job.is_branch:
             choice["request_id"] = job.request_id
         if self._form.token_ids:
             choice["token_ids"] = token_ids

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from quire.engine.branch import Branch
+from quire.engine.client import Mailbox
 from quire.errors import RequestError
 from quire.sampling_params import RequestOutputKind
 from quire.server.completions import Form, TextAnswer, respond
@@ -49,17 +49,18 @@ async def create_fork(service: Service, body: ForkRequest, http: Request) -> Res
         raise rename(error, _renamed(body)) from error
     text = body.append if body.append is not None else str(body.append_token_ids or "")  # for the log
     jobs = [
-        Job(number, f"{record.request_id}-{number}", text, [], params, parent.priority) for number in range(body.n or 1)
+        Job(number, f"{record.request_id}-{number}", text, [], params, parent.priority, is_branch=True)
+        for number in range(body.n or 1)
     ]
 
-    async def fork() -> list[Branch]:
+    async def fork(mailbox: Mailbox) -> None:
         try:
-            return await service.client.fork(
+            await service.client.submit_fork(
                 parent.request_id,
+                {job.request_id: mailbox for job in jobs},
                 append_tokens=body.append if body.append_token_ids is None else body.append_token_ids,
                 sampling_params=changes,
                 index=index,
-                branch_ids=[job.request_id for job in jobs],
                 client=record.owner,
             )
         except RequestError as error:

@@ -49,7 +49,8 @@ class Gate:
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})  # nothing here speaks anything else
         record = RequestRecord(f"req-{uuid4().hex}", scope["method"], scope["path"], self._clock())
-        scope.setdefault("state", {})["record"] = record
+        # send_body: past everybody, for who has thousands of pieces to send when the answer has begun
+        scope.setdefault("state", {}).update(record=record, send_body=send)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

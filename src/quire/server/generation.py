@@ -13,10 +13,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from quire.engine.branch import Branch
-from quire.engine.client import EngineClient
+from quire.engine.client import EngineClient, Mailbox
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import EngineDeadError, RequestError
+from quire.errors import EngineDeadError, QuireError, RequestError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams, over_recommended
 from quire.server.errors import (
@@ -195,7 +194,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
-    branch: Branch | None = None  # of a fork, when it has been made; its prompt is known with its first output
+    is_branch: bool = False  # of a fork; its prompt is known with its first output
     # what was told of it so far
     num_cached: int = 0
     lengths: dict[int, int] = field(default_factory=dict)  # by choice
@@ -204,7 +203,7 @@ class Job:
 
 class Generation:
     """Runs the jobs of one API call. `renamed` as in `Service.sampling_params`; `hidden`: tokens that are not told nor
-    counted, which is how a prompt alone is scored; `fork` makes the branches that the jobs are, if that is what they are."""
+    counted, which is how a prompt alone is scored; `fork` begins the branches that the jobs are, if that is what they are."""
 
     def __init__(
         self,
@@ -214,7 +213,7 @@ class Generation:
         renamed: Mapping[str, str],
         *,
         hidden: bool = False,
-        fork: Callable[[], Awaitable[list[Branch]]] | None = None,
+        fork: Callable[[Mailbox], Awaitable[None]] | None = None,
     ) -> None:
         self.jobs = jobs
         self.created = int(service.wall_clock())
@@ -223,6 +222,7 @@ class Generation:
         self._renamed = renamed
         self._hidden = hidden
         self._fork = fork
+        self._num_left = len(jobs)
         record.num_prompts = len(jobs)
         record.num_prompt_tokens = sum(len(job.token_ids) for job in jobs)
         if service.options.log_prompts:
@@ -233,103 +233,79 @@ class Generation:
         record = self._record
         return usage_of(record.num_prompt_tokens, record.num_cached_tokens, record.num_output_tokens)
 
+    @property
+    def is_over(self) -> bool:
+        """All that there is has been given."""
+        return not self._num_left
+
     async def results(self) -> list[RequestOutput]:
         """Each job's whole result, for parameters that ask for no increments."""
         found: dict[int, RequestOutput] = {}
-        async with aclosing(self.outputs()) as outputs:
-            async for job, output in outputs:
-                found[job.number] = output
+        async with aclosing(self.batches()) as batches:
+            async for batch in batches:
+                found.update((job.number, output) for job, output in batch)
         return [found[job.number] for job in self.jobs]
 
-    async def outputs(self) -> AsyncGenerator[tuple[Job, RequestOutput], None]:
-        """What the engine gives, as it comes, of all jobs. Closing it, or cancelling who reads it, aborts what runs.
+    async def batches(self) -> AsyncGenerator[list[tuple[Job, RequestOutput]], None]:
+        """What the engine gives, as it comes, of all jobs: a batch is what has come since the last one, usually of a step.
+        Closing it, or cancelling who reads it, aborts what runs.
 
         Raises ApiError, RequestError or EngineDeadError; then all jobs are given up.
         """
         service, record = self._service, self._record
-        is_over = False
+        by_id = {job.request_id: job for job in self.jobs}
+        mailbox = Mailbox()
+        has_failed = False
         service.calls[record.request_id] = record.owner, self.jobs
         try:
-            if self._fork is not None:
-                self._make_room(len(self.jobs))
-                for job, branch in zip(self.jobs, await self._fork()):
-                    job.branch = branch
-            stream = self._follow(self.jobs[0]) if len(self.jobs) == 1 else self._merge()
-            async with aclosing(stream) as items:
-                async for item in items:
-                    yield item
-            is_over = True
+            await self._begin(mailbox)
+            while not self.is_over:
+                items, batch, error = await mailbox.take(), [], None
+                now_s = service.clock()
+                try:
+                    for item in items:
+                        if isinstance(item, Exception):
+                            raise item
+                        job = by_id[item.request_id]
+                        self._note(job, item, now_s)
+                        batch.append((job, item))
+                except QuireError as raised:
+                    error = raised  # what came before it is given first
+                if batch:
+                    yield batch
+                if error is not None:
+                    raise error
         except RequestError as error:
-            is_over = True
+            has_failed = True
             raise rename(error, self._renamed) from error
         except (ApiError, EngineDeadError):
-            is_over = True
+            has_failed = True
             raise
         finally:
             del service.calls[record.request_id]
             for job in self.jobs:
-                if job.branch is not None:
-                    await job.branch.close()  # of which nobody may have read anything
-            if not is_over:
+                service.client.drop(job.request_id, mailbox)
+            if not (self.is_over or has_failed):
                 service.metrics.aborted += len(self.jobs)
 
-    def _make_room(self, count: int) -> None:
-        """Raises ApiError if so many requests more are too many. Nothing may be awaited between this look and their start, so
-        that a burst cannot slip through."""
-        service = self._service
-        if service.client.num_queued(count) > service.options.max_queue:
+    async def _begin(self, mailbox: Mailbox) -> None:
+        """Sends all jobs to the engine, or none. Raises ApiError if so many more are too many."""
+        service, client = self._service, self._service.client
+        # nothing may be awaited between this look and their start, so that a burst cannot slip through
+        if client.num_queued(len(self.jobs)) > service.options.max_queue:
             raise queue_full(service.options.max_queue)
+        if self._fork is not None:
+            return await self._fork(mailbox)
+        for job in self.jobs:
+            prompt = {"prompt_token_ids": job.token_ids, "cache_salt": job.cache_salt}
+            client.submit(job.request_id, mailbox, prompt, job.params, priority=job.priority, client=self._record.owner)
 
-    async def _follow(self, job: Job) -> AsyncGenerator[tuple[Job, RequestOutput], None]:
-        async with aclosing(self._stream_of(job)) as outputs:
-            async for output in outputs:
-                self._note(job, output)
-                yield job, output
-
-    def _stream_of(self, job: Job) -> AsyncGenerator[RequestOutput, None]:
-        if job.branch is not None:
-            return job.branch.outputs
-        self._make_room(1)
-        prompt = {"prompt_token_ids": job.token_ids, "cache_salt": job.cache_salt}
-        return self._service.client.generate(
-            prompt, job.params, job.request_id, priority=job.priority, client=self._record.owner
-        )
-
-    async def _merge(self) -> AsyncGenerator[tuple[Job, RequestOutput], None]:
-        queue: asyncio.Queue[tuple[Job, RequestOutput] | Exception | None] = asyncio.Queue()
-
-        async def pump(job: Job) -> None:
-            try:
-                async with aclosing(self._follow(job)) as items:
-                    async for item in items:
-                        queue.put_nowait(item)
-                queue.put_nowait(None)
-            except Exception as error:
-                queue.put_nowait(error)
-
-        tasks = [asyncio.create_task(pump(job)) for job in self.jobs]
-        try:
-            num_left = len(tasks)
-            while num_left:
-                item = await queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    num_left -= 1
-                else:
-                    yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _note(self, job: Job, output: RequestOutput) -> None:
+    def _note(self, job: Job, output: RequestOutput, now_s: float) -> None:
         """Counts what an output brings. Raises ApiError if the request has failed."""
         service, record = self._service, self._record
-        now_s = service.clock()
         if record.first_token_s is None:
             record.first_token_s = now_s - record.began_s
-        if job.branch is not None:
+        if job.is_branch:
             # all branches have the same prompt, which counts once
             job.token_ids = list(output.prompt_token_ids or ())
             record.num_prompt_tokens = len(job.token_ids)
@@ -339,9 +315,9 @@ class Generation:
             record.num_cached_tokens += job.num_cached
         num_new = 0
         for completion in output.outputs:
-            count = len(completion.token_ids)
-            num_new += 0 if self._hidden else count
-            job.lengths[completion.index] = job.lengths.get(completion.index, 0) + (0 if self._hidden else count)
+            count = 0 if self._hidden else len(completion.token_ids)
+            num_new += count
+            job.lengths[completion.index] = job.lengths.get(completion.index, 0) + count
             if completion.finish_reason == "error":
                 raise request_failed(str(completion.stop_reason))
             if completion.finish_reason is not None:
@@ -357,6 +333,7 @@ class Generation:
         record.num_output_tokens += num_new
         service.metrics.count_generated(record.owner, num_new)
         if output.finished:
+            self._num_left -= 1
             self._finish(job, output, is_streamed)
 
     def _finish(self, job: Job, output: RequestOutput, is_streamed: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import logging
 import signal
 import socket
@@ -29,6 +30,7 @@ from quire.server.options import ServerOptions
 
 logger = logging.getLogger(__name__)
 
+YOUNG_OBJECTS = 20_000  # made and not yet gone, before the collector looks for cycles among them
 LAST_WORDS_S = 5.0  # for what was told that the server stops to reach its client
 
 
@@ -43,7 +45,7 @@ class _Server(uvicorn.Server):
 def run(config: EngineConfig, options: ServerOptions) -> None:
     """Serves until a signal comes. Raises what `Engine` raises, and ConfigError for an address that cannot be had."""
     with _listen(options) as listener:
-        asyncio.run(serve(config, options, listener))
+        asyncio.run(serve(config, options, listener, lambda *_: _spare_collections()))
 
 
 async def serve(
@@ -89,6 +91,14 @@ async def serve(
     finally:
         await client.stop()
         logger.info("stopped")
+
+
+def _spare_collections() -> None:
+    """Of garbage, in a process that does nothing but serve: what is there now stays, so none is to walk through it; and what a
+    step of many streams makes goes when it has been sent, and is no reason for one."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS)
 
 
 async def _end(server: _Server, client: EngineClient, ending: asyncio.Event, deadline_s: float) -> None:

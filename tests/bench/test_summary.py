@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from quire.bench.latency import Summary, is_good, parse_goodput, percentile
+from quire.bench.summary import Summary, is_good, parse_goodput, percentile
 from quire.bench.load import Record
 from quire.errors import ConfigError
 
