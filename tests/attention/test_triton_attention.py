@@ -170,7 +170,7 @@ def test_more_pieces_than_are_merged_at_once():
 
 def test_low_tiles_merge_their_pieces_themselves_for_layer_after_layer(monkeypatch):
     monkeypatch.setattr("quire.attention.triton.merge", None)
-    case, backend = make_case(make_spec((8, 2), 64), 16, (700, 900, 40), (1, 2, 1)), make_backend(piece=64)
+    case, backend = make_case(make_spec((8, 2), 64), 16, (1500, 1900, 40), (1, 2, 1)), make_backend(piece=64)
     expected = exact(case)
     q, k, v, pool = (x.to(DEVICE) for x in (case.q, case.k, case.v, case.pool))
     plan = backend.plan(on_device(case.batch))
@@ -376,6 +376,7 @@ def test_selection():
 # -- on the card alone ---------------------------------------------------------------------------------------------------------
 BIG = {
     "decode": (make_spec((32, 8), 128, bf16), 16, (4096, 1, 8192, 700) * 6, (1,) * 24),
+    "decode-few-long": (make_spec((32, 8), 128, bf16), 16, (20000, 6000, 50), (1,) * 3),
     "drafts": (make_spec((32, 8), 128, bf16), 16, (4096, 1500, 333, 16), (4, 5, 16, 16)),
     "prefill": (make_spec((32, 8), 128, bf16), 16, (2048, 1000, 77), (2048, 1000, 77)),
     "chunk": (make_spec((32, 8), 128, bf16), 16, (9000, 5000, 900), (512, 1, 300)),

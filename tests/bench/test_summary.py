@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from quire.bench.summary import Summary, is_good, parse_goodput, percentile
 from quire.bench.load import Record
+from quire.bench.summary import Summary, is_good, parse_goodput, percentile
 from quire.errors import ConfigError
 
 

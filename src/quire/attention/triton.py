@@ -3,7 +3,8 @@
 A *tile* is some query tokens of one sequence, with all query heads of a group; its keys are cut into *pieces*, as many as keep
 all multiprocessors busy to the end; a tile and a piece are an *item*, the work of one program for each key/value head. Tiles
 come in two kinds: low ones of 16 rows for decoding (with 4 query heads for each key/value head: up to 4 tokens), and high ones
-of 64 or 128 for everything longer. All of it is NumPy on lengths that the host knows, sent in one copy.
+of 64 or 128 for everything longer, which on Hopper GPUs a kernel in Gluon computes where it can (`quire.kernels.gluon`). All
+of it is NumPy on lengths that the host knows, sent in one copy.
 
 Example, 4 query heads for each key/value head, 132 multiprocessors: a sequence of 32,768 keys decodes. One tile, of one token:
 its keys are cut into 50 pieces of 704 tokens, or so, which with 8 key/value heads are 400 programs.
@@ -19,6 +20,7 @@ Does not know how the kernels compute (`quire.kernels.triton.attention`), nor mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from quire.attention.base import AttentionBackend, AttentionBatch, AttentionSpec, Plan
 from quire.errors import ConfigError
-from quire.kernels import Kernels
+from quire.kernels import Kernels, gluon
 from quire.kernels.triton.attention import (
     ITEM_FIELDS,
     MERGE_FIELDS,
@@ -41,7 +43,8 @@ from quire.kernels.triton.attention import (
 
 KINDS = ("low", "high")
 HEADER = 64
-"""int32 words before the items: counts of low items, high items, entries to merge of either, 16 words apart."""
+"""int32 words before the items: for each kind, 32 words apart, the count of items, two zeros (`Launch.drawn_2`) and, at word
+16, the count of entries to merge."""
 MAX_WAVES = 4
 """Pieces are cut so that programs are at most so many times what the multiprocessors hold at once, and one a tile more."""
 MIXED_WAVES = 2
@@ -81,6 +84,11 @@ class Costs:
 
 COSTS = {"low": Costs(44, 40, 0.28, 128), "high": Costs(64, 60, 0.6, 256)}
 
+_PARTS = np.arange(1, 5)
+_PIECES = [2**i for i in range(7, 15)] + [3 * 2**i for i in range(6, 13)]
+_PIECES_C = np.array([0.0] * len(_PARTS) + _PIECES + [0.0])
+"""Sizes of a piece to choose from; first come parts of what is even, last the longest."""
+
 
 def choose_tile(kind: str, layer: LayerKind, max_query_len: int) -> Tile:
     """The tile for items of `kind`; max_query_len is that of the sequences which get it."""
@@ -110,25 +118,25 @@ def choose_piece(
     The model: a multiprocessor with c of its p places filled takes alone + (1 - alone) c / p of the time that it takes full.
     All are full but in the last wave; cutting finer shortens that, and costs more beginnings.
     """
-    total, longest = int(lengths_E.sum()), int(lengths_E.max())
+    total, longest = int(np.add.reduce(lengths_E)), int(np.maximum.reduce(lengths_E))
     places = num_sms * tile.per_sm
     programs = len(lengths_E) * num_kv_heads
     if programs >= 3 * places and longest * places <= total * num_kv_heads:
         return longest  # many short tiles: the longest start first, and the short ones fill the end
     evenly = total * num_kv_heads / places  # keys of each place
-    candidates_C = np.concatenate(
-        [evenly / np.arange(1, 5), 2.0 ** np.arange(7, 15), 1.5 * 2.0 ** np.arange(7, 14), [longest]]
-    )
     least = max(costs.min_piece, evenly / max_waves)
-    candidates_C = np.clip(candidates_C, least, max(longest, least))
-    candidates_C = -(-candidates_C // tile.num_keys) * tile.num_keys
-    pieces_C = np.ceil(lengths_E[None, :] / candidates_C[:, None]).sum(1)
+    candidates_C = _PIECES_C.copy()
+    candidates_C[:4] = evenly / _PARTS
+    candidates_C[-1] = longest
+    np.minimum(np.maximum(candidates_C, least, out=candidates_C), max(longest, least), out=candidates_C)
+    candidates_C = np.ceil(candidates_C / tile.num_keys) * tile.num_keys
+    pieces_C = np.add.reduce(np.ceil(lengths_E / candidates_C[:, None]), 1)
     programs_C = pieces_C * num_kv_heads
     last_C = (programs_C - 1) % places + 1  # programs in the last wave
     busiest_C = costs.alone + (1 - costs.alone) * np.ceil(last_C / num_sms) / tile.per_sm
     cost_C = evenly + programs_C / places * costs.per_item + candidates_C * (busiest_C - last_C / places)
     cost_C += np.where(pieces_C > len(lengths_E), costs.merging, 0)
-    return int(candidates_C[np.argmin(cost_C)])
+    return int(candidates_C[cost_C.argmin()])
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,64 @@ class WorkList:
     num_slots: int
     partial_rows: int
     """Rows of a partial result that may be filled."""
+
+
+def list_one(
+    start: int,
+    seq_len: int,
+    layer: LayerKind,
+    tile: Tile,
+    costs: Costs,
+    num_sms: int,
+    piece: int | None = None,
+    max_waves: int = MAX_WAVES,
+) -> WorkList:
+    """`list_work` of the first sequence alone, which decodes the token at `start`: the same list in a third of the time, since
+    arrays of a few numbers take longer than the numbers. Without a batch to fill them, steps are as short as their planning."""
+    begin = 0 if layer.window is None else max(0, seq_len - layer.window)
+    length = seq_len - begin
+    piece = piece or _choose_piece_of_one(length, tile, costs, layer.num_kv_heads, num_sms, max_waves)
+    size = -(-length // (-(-length // piece) * tile.num_keys)) * tile.num_keys
+    pieces = -(-length // size)
+    if pieces == 1:
+        items_I8 = np.array([[0, start, 1, seq_len - 1, begin, seq_len, -1, -1]], dtype=np.int32)
+        return WorkList(tile, items_I8, _NO_MERGES, 0, layer.group)
+    items = [
+        (0, start, 1, seq_len - 1, at, min(at + size, seq_len), i, 0)
+        for i, at in enumerate(range(begin, seq_len, size))
+    ]
+    merges_E4 = np.array([[start, 1, 0, pieces]], dtype=np.int32)
+    return WorkList(tile, np.array(items, dtype=np.int32), merges_E4, pieces, layer.group)
+
+
+def _choose_piece_of_one(length: int, tile: Tile, costs: Costs, num_kv_heads: int, num_sms: int, max_waves: int) -> int:
+    """`choose_piece` of one tile, by the same sums in the same order, so that rounding chooses no other."""
+    places = num_sms * tile.per_sm
+    if num_kv_heads >= 3 * places:
+        return length
+    evenly = length * num_kv_heads / places
+    least = max(costs.min_piece, evenly / max_waves)
+    most = max(length, least)
+    best, least_cost = 0, math.inf
+    seen = set()
+    for wanted in (evenly, evenly / 2, evenly / 3, evenly / 4, *_PIECES, length):
+        clipped = least if wanted < least else most if wanted > most else wanted
+        if clipped in seen:
+            continue
+        seen.add(clipped)
+        candidate = math.ceil(clipped / tile.num_keys) * tile.num_keys
+        pieces = math.ceil(length / candidate)
+        programs = pieces * num_kv_heads
+        last = (programs - 1) % places + 1
+        busiest = costs.alone + (1 - costs.alone) * math.ceil(last / num_sms) / tile.per_sm
+        cost = evenly + programs / places * costs.per_item + candidate * (busiest - last / places)
+        cost += costs.merging if pieces > 1 else 0
+        if cost < least_cost:
+            best, least_cost = candidate, cost
+    return best
+
+
+_NO_MERGES = np.zeros((0, MERGE_FIELDS), dtype=np.int32)
 
 
 def list_work(
@@ -157,42 +223,54 @@ def list_work(
 ) -> WorkList:
     """The work of some sequences (rows of the block table), whose query tokens begin at `starts`; none empty."""
     tokens = tile.num_rows // layer.group
-    tiles_S = -(-query_lens_S // tokens)
-    of_E = np.repeat(np.arange(len(sequences_S)), tiles_S)
-    skipped_E = (np.arange(len(of_E)) - np.repeat(np.cumsum(tiles_S) - tiles_S, tiles_S)) * tokens
-    tokens_E = np.minimum(tokens, query_lens_S[of_E] - skipped_E)
-    positions_E = (seq_lens_S - query_lens_S)[of_E] + skipped_E
-    ends_E = positions_E + tokens_E if layer.causal else seq_lens_S[of_E]
-    begins_E = np.zeros_like(ends_E) if layer.window is None else np.maximum(0, positions_E - layer.window + 1)
-    firsts_E = starts_S[of_E] + skipped_E
-    lengths_E = ends_E - begins_E
+    if np.maximum.reduce(query_lens_S) <= tokens:  # a tile each, as all that decode have
+        sequences_E, firsts_E, tokens_E, seq_lens_E = sequences_S, starts_S, query_lens_S, seq_lens_S
+        positions_E = seq_lens_S - query_lens_S
+    else:
+        tiles_S = -(-query_lens_S // tokens)
+        of_E = np.repeat(np.arange(len(sequences_S)), tiles_S)
+        skipped_E = (np.arange(len(of_E)) - np.repeat(np.cumsum(tiles_S) - tiles_S, tiles_S)) * tokens
+        sequences_E, firsts_E, seq_lens_E = sequences_S[of_E], starts_S[of_E] + skipped_E, seq_lens_S[of_E]
+        tokens_E = np.minimum(tokens, query_lens_S[of_E] - skipped_E)
+        positions_E = (seq_lens_S - query_lens_S)[of_E] + skipped_E
+    ends_E = positions_E + tokens_E if layer.causal else seq_lens_E
+    begins_E, lengths_E = 0, ends_E
+    if layer.window is not None:
+        begins_E = np.maximum(0, positions_E - layer.window + 1)
+        lengths_E = ends_E - begins_E
 
     piece = piece or choose_piece(lengths_E, tile, costs, layer.num_kv_heads, num_sms, max_waves)
     pieces_E = -(-lengths_E // piece)
-    sizes_E = (
-        -(-lengths_E // (pieces_E * tile.num_keys)) * tile.num_keys
-    )  # even ones, no longer than `piece` if that is a multiple
+    # even ones, no longer than `piece` if that is a multiple
+    sizes_E = -(-lengths_E // (pieces_E * tile.num_keys)) * tile.num_keys
     pieces_E = -(-lengths_E // sizes_E)
-    slots_E = np.where(pieces_E > 1, pieces_E, 0)
-    first_slots_E = np.cumsum(slots_E) - slots_E
-
-    of_I = np.repeat(np.arange(len(pieces_E)), pieces_E)
-    which_I = np.arange(len(of_I)) - np.repeat(np.cumsum(pieces_E) - pieces_E, pieces_E)
-    items_I8 = np.zeros((len(of_I), ITEM_FIELDS), dtype=np.int32)
-    items_I8[:, 0] = sequences_S[of_E][of_I]
-    items_I8[:, 1] = firsts_E[of_I]
-    items_I8[:, 2] = tokens_E[of_I]
-    items_I8[:, 3] = positions_E[of_I]
-    items_I8[:, 4] = begins_E[of_I] + which_I * sizes_E[of_I]
-    items_I8[:, 5] = np.minimum(ends_E[of_I], items_I8[:, 4] + sizes_E[of_I])
-    items_I8[:, 6] = np.where(pieces_E[of_I] > 1, first_slots_E[of_I] + which_I, -1)
-    items_I8[:, 7] = (np.cumsum(pieces_E > 1) - 1)[of_I]  # means nothing where slot is -1
-    items_I8 = items_I8[np.argsort(items_I8[:, 4] - items_I8[:, 5], kind="stable")]
-
     cut_E = pieces_E > 1
-    merges_E4 = np.stack([firsts_E, tokens_E, first_slots_E, pieces_E], 1)[cut_E].astype(np.int32)
-    rows = int(tokens_E.max()) * layer.group
-    return WorkList(tile, items_I8, merges_E4, int(slots_E.sum()), rows)
+
+    tiles_E8 = np.empty((len(lengths_E), ITEM_FIELDS), dtype=np.int32)
+    for i, field_E in enumerate((sequences_E, firsts_E, tokens_E, positions_E, begins_E, ends_E, -1, -1)):
+        tiles_E8[:, i] = field_E
+    items_I8, merges_E4, num_slots = tiles_E8, _NO_MERGES, 0
+    if np.logical_or.reduce(cut_E):
+        slots_E = pieces_E * cut_E
+        ends_of_slots_E = np.add.accumulate(slots_E)
+        num_slots = int(ends_of_slots_E[-1])
+        first_slots_E = ends_of_slots_E - slots_E
+        tiles_E8[:, 6] = np.where(cut_E, first_slots_E, -1)
+        tiles_E8[:, 7] = np.add.accumulate(cut_E) - 1  # means nothing where slot is -1
+        items_I8 = tiles_E8.repeat(pieces_E, 0)
+        which_I = np.arange(len(items_I8)) - (np.add.accumulate(pieces_E) - pieces_E).repeat(pieces_E)
+        sizes_I = sizes_E.repeat(pieces_E)
+        items_I8[:, 4] += which_I * sizes_I
+        items_I8[:, 5] = np.minimum(items_I8[:, 5], items_I8[:, 4] + sizes_I)
+        items_I8[:, 6] += which_I
+        merges_E4 = np.empty((len(cut_E), MERGE_FIELDS), dtype=np.int32)
+        for i, field_E in enumerate((firsts_E, tokens_E, first_slots_E, pieces_E)):
+            merges_E4[:, i] = field_E
+        merges_E4 = merges_E4[cut_E]
+    if len(items_I8) > 1:
+        items_I8 = items_I8[(items_I8[:, 4] - items_I8[:, 5]).argsort(kind="stable")]
+    rows = int(np.maximum.reduce(tokens_E)) * layer.group
+    return WorkList(tile, items_I8, merges_E4, num_slots, rows)
 
 
 @dataclass(frozen=True)
@@ -206,6 +284,8 @@ class Launch:
     num_merges_1: Tensor
     arrivals_EK: Tensor
     """Zeros, and again after each layer: see `kernels.triton.attention.attend`."""
+    drawn_2: Tensor
+    """Zeros, and again after each layer: see `kernels.gluon.attention.attend`."""
     num_slots: int
     partial_rows: int
     """The grid: capacities, of which the counts on the device say how much is to be done."""
@@ -246,6 +326,7 @@ def lay_out(work: Tensor, capacities: Mapping[str, tuple[Tile, int, int, int, in
                 merges.view(-1, MERGE_FIELDS),
                 work[32 * i + 16 : 32 * i + 17],
                 arrivals,
+                work[32 * i + 1 : 32 * i + 3],
                 num_slots,
                 rows,
             )
@@ -258,9 +339,10 @@ class StepBuffers:
     """Where plans of one graph go: for up to max_num_seqs sequences of up to max_query_len tokens, all in low tiles; or, with
     max_tokens, of so many tokens together and of any length each, in tiles of both kinds.
 
-    `work` is all that a plan writes on the device. What the kernels read beside it has to stay in its place too, and that is
-    the batch's owner's to see to: block_tables_SB (its row stride included), slots_T, and the layer's inputs. Neither lengths
-    nor query_start_loc are read on the device. Padding needs nothing: a sequence of no query tokens makes no item.
+    `work` is all that a plan writes on the device: `plan` sends it there, or `fill` writes what its owner sends. What the
+    kernels read beside it has to stay in its place too, and that is the batch's owner's to see to: block_tables_SB (its row
+    stride included), slots_T, and the layer's inputs. Neither lengths nor query_start_loc are read on the device. Padding needs
+    nothing: a sequence of no query tokens makes no item.
     """
 
     layer: LayerKind
@@ -274,6 +356,15 @@ class StepBuffers:
     @property
     def max_waves(self) -> int:
         return MAX_WAVES if self.max_tokens is None else MIXED_WAVES
+
+    def at(self, work: Tensor) -> StepBuffers:
+        """The same in other words, int32 and as many as `work` has."""
+        assert work.shape == self.work.shape
+        capacities = {
+            kind: (launch.tile, launch.grid_items, launch.max_merges, launch.num_slots, launch.partial_rows)
+            for kind, launch in zip(KINDS, self.launches)
+        }
+        return replace(self, work=work, launches=lay_out(work, capacities, self.layer.num_kv_heads))
 
 
 @dataclass(frozen=True)
@@ -307,6 +398,7 @@ class TritonBackend(AttentionBackend):
             num_sms = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._num_sms = num_sms
         self._tiles = dict(tiles or {})
+        self._gluon = gluon.available(self._device)
         self._piece = piece
 
     def check(self, spec: AttentionSpec) -> None:
@@ -329,9 +421,62 @@ class TritonBackend(AttentionBackend):
             starts_S1, lengths_S = batch.query_start_loc_S1.cpu().numpy(), batch.seq_lens_S.cpu().numpy()
         plan = TritonPlan(batch, starts_S1, lengths_S, fixed=buffers is not None)
         if buffers is not None:
-            self._fill(buffers, plan)
+            words = np.zeros(buffers.work.shape[0], dtype=np.int32)
+            self.fill(buffers, starts_S1, lengths_S, words)
+            buffers.work.copy_(self._staged(words), non_blocking=True)
             plan.launches[buffers.layer] = buffers.launches
         return plan
+
+    def fill(
+        self, buffers: StepBuffers, query_starts_S1: np.ndarray, seq_lens_S: np.ndarray, words: np.ndarray
+    ) -> None:
+        """Writes a step's work into `words`, int32 zeros on the host, whose owner sends them to `buffers.work`.
+
+        That is all of `plan` that a graph needs to be replayed. Raises ValueError if the step is larger than the buffers.
+        """
+        launches = dict(zip(KINDS, buffers.launches))
+        num_tokens = int(query_starts_S1[-1])
+        if len(seq_lens_S) == 1 and num_tokens - int(query_starts_S1[0]) == 1:
+            one = list_one(
+                int(query_starts_S1[0]),
+                int(seq_lens_S[0]),
+                buffers.layer,
+                launches["low"].tile,
+                COSTS["low"],
+                self._num_sms,
+                self._piece,
+                buffers.max_waves,
+            )
+            lists = {"low": one}
+        else:
+            lists = self._work_lists(
+                query_starts_S1,
+                seq_lens_S,
+                buffers.layer,
+                {kind: launch.tile for kind, launch in launches.items()},
+                buffers.max_waves,
+            )
+        if (
+            len(seq_lens_S) > buffers.max_num_seqs
+            or num_tokens > (buffers.max_tokens or num_tokens)
+            or any(k not in launches or work.partial_rows > launches[k].partial_rows for k, work in lists.items())
+        ):
+            raise ValueError(
+                f"the step is larger than its buffers: {buffers.max_num_seqs} sequences, "
+                + (f"{buffers.max_tokens} tokens" if buffers.max_tokens else f"{buffers.max_query_len} tokens each")
+            )
+        at = HEADER
+        for i, (kind, launch) in enumerate(launches.items()):
+            grid_items, max_merges = launch.grid_items, launch.max_merges
+            if work := lists.get(kind):
+                num_items, num_merges = len(work.items_I8), len(work.merges_E4)
+                assert num_items <= grid_items and num_merges <= max_merges and work.num_slots <= launch.num_slots
+                words[32 * i], words[32 * i + 16] = num_items, num_merges
+                words[at : at + num_items * ITEM_FIELDS] = work.items_I8.reshape(-1)
+                if num_merges:
+                    end = at + grid_items * ITEM_FIELDS
+                    words[end : end + num_merges * MERGE_FIELDS] = work.merges_E4.reshape(-1)
+            at += words_of(grid_items, max_merges, buffers.layer.num_kv_heads)
 
     def run(
         self, plan: Plan, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv_B2KSD: Tensor, spec: AttentionSpec
@@ -349,12 +494,22 @@ class TritonBackend(AttentionBackend):
             shape = (max(1, launch.num_slots), num_kv_heads, launch.partial_rows)
             partial_lse = torch.empty(shape, dtype=torch.float32, device=q_TND.device)
             partial_o = torch.empty((*shape, head_size), dtype=torch.float32, device=q_TND.device)
-            attend(
-                q_TND, kv_B2KSD, plan.batch.block_tables_SB, o_TND, launch.items_I8, launch.num_items_1, launch.grid_items,
-                launch.merges_E4, launch.arrivals_EK,
-                partial_o, partial_lse, launch.partial_rows, launch.tile,
-                scale=spec.scale, window=spec.window, softcap=spec.softcap, causal=spec.causal,
-            )  # fmt: skip
+            if isinstance(launch.tile, gluon.GluonTile) and not spec.softcap and gluon.takes(q_TND, kv_B2KSD):
+                from quire.kernels.gluon import attention  # needs a Triton that has Gluon: `gluon.available`
+
+                attention.attend(
+                    q_TND, kv_B2KSD, plan.batch.block_tables_SB, o_TND, launch.items_I8, launch.num_items_1, launch.drawn_2,
+                    launch.grid_items, partial_o, partial_lse, launch.partial_rows, launch.tile,
+                    scale=spec.scale, window=spec.window, causal=spec.causal,
+                )  # fmt: skip
+            else:
+                attend(
+                    q_TND, kv_B2KSD, plan.batch.block_tables_SB, o_TND, launch.items_I8, launch.num_items_1, launch.grid_items,
+                    launch.merges_E4, launch.arrivals_EK,
+                    partial_o, partial_lse, launch.partial_rows, launch.tile,
+                    max_waiting=self._num_sms if q_TND.is_cuda else 0,  # of the several times as many that the device holds
+                    scale=spec.scale, window=spec.window, softcap=spec.softcap, causal=spec.causal,
+                )  # fmt: skip
             if launch.max_merges and not merges_itself(launch.tile):
                 jobs = launch.max_merges * num_kv_heads * launch.partial_rows
                 grid = min(jobs, MERGE_PROGRAMS_PER_SM * self._num_sms)
@@ -420,39 +575,15 @@ class TritonBackend(AttentionBackend):
     def _tile(self, kind: str, layer: LayerKind, max_query_len: int) -> Tile:
         tile = self._tiles.get(kind)
         if tile is None:
+            long = kind == "high" and max_query_len * layer.group > 64
+            heads = (layer.num_heads, layer.num_kv_heads, layer.head_size)
+            if long and self._gluon and gluon.supports(*heads, layer.dtype):
+                return gluon.choose_tile(max_query_len, layer.window)
             return choose_tile(kind, layer, max_query_len)
         return replace(tile, num_rows=max(tile.num_rows, 1 << (layer.group - 1).bit_length()))
 
-    def _fill(self, buffers: StepBuffers, plan: TritonPlan) -> None:
-        launches = dict(zip(KINDS, buffers.launches))
-        lists = self._work_lists(
-            plan, buffers.layer, {kind: launch.tile for kind, launch in launches.items()}, buffers.max_waves
-        )
-        num_tokens = int(plan.query_starts_S1[-1])
-        if (
-            len(plan.seq_lens_S) > buffers.max_num_seqs
-            or num_tokens > (buffers.max_tokens or num_tokens)
-            or any(k not in launches or work.partial_rows > launches[k].partial_rows for k, work in lists.items())
-        ):
-            raise ValueError(
-                f"the step is larger than its buffers: {buffers.max_num_seqs} sequences, "
-                + (f"{buffers.max_tokens} tokens" if buffers.max_tokens else f"{buffers.max_query_len} tokens each")
-            )
-        words = np.zeros(buffers.work.shape[0], dtype=np.int32)
-        at = HEADER
-        for i, (kind, launch) in enumerate(launches.items()):
-            end = at + launch.grid_items * ITEM_FIELDS
-            if work := lists.get(kind):
-                assert len(work.items_I8) <= launch.grid_items and len(work.merges_E4) <= launch.max_merges
-                assert work.num_slots <= launch.num_slots
-                words[32 * i], words[32 * i + 16] = len(work.items_I8), len(work.merges_E4)
-                words[at : at + work.items_I8.size] = work.items_I8.ravel()
-                words[end : end + work.merges_E4.size] = work.merges_E4.ravel()
-            at += words_of(launch.grid_items, launch.max_merges, buffers.layer.num_kv_heads)
-        buffers.work.copy_(self._staged(words), non_blocking=True)
-
     def _launches(self, plan: TritonPlan, layer: LayerKind) -> list[Launch]:
-        lists = self._work_lists(plan, layer)
+        lists = self._work_lists(plan.query_starts_S1, plan.seq_lens_S, layer)
         header = np.zeros(HEADER, dtype=np.int32)
         parts, capacities = [header], {}
         for i, kind in enumerate(KINDS):
@@ -472,27 +603,32 @@ class TritonBackend(AttentionBackend):
 
     def _work_lists(
         self,
-        plan: TritonPlan,
+        query_starts_S1: np.ndarray,
+        seq_lens_S: np.ndarray,
         layer: LayerKind,
         tiles: Mapping[str, Tile] | None = None,
         max_waves: int = MAX_WAVES,
     ) -> dict[str, WorkList]:
         """Sequences whose queries fit in one low tile, and the others; in `tiles` where those are given."""
-        query_lens_S = np.diff(plan.query_starts_S1).astype(np.int64)
-        starts_S, seq_lens_S = plan.query_starts_S1[:-1].astype(np.int64), plan.seq_lens_S.astype(np.int64)
-        low_tokens = self._tile("low", layer, 1).num_rows // layer.group
+        starts_S, seq_lens_S = query_starts_S1[:-1].astype(np.int64), seq_lens_S.astype(np.int64)
+        query_lens_S = query_starts_S1[1:] - starts_S
+        tiles = tiles or {}
+        low_tokens = (tiles.get("low") or self._tile("low", layer, 1)).num_rows // layer.group
+        low_S = (query_lens_S > 0) & (query_lens_S <= low_tokens)
+        num_low = int(np.count_nonzero(low_S))
+        if num_low == len(low_S):
+            parts = {"low": np.arange(num_low)} if num_low else {}
+        else:
+            parts = {"low": np.flatnonzero(low_S), "high": np.flatnonzero(query_lens_S > low_tokens)}
         lists = {}
-        for kind, chosen_S in (
-            ("low", (query_lens_S > 0) & (query_lens_S <= low_tokens)),
-            ("high", query_lens_S > low_tokens),
-        ):
-            found = np.flatnonzero(chosen_S)
-            if len(found):
-                tile = (tiles or {}).get(kind) or self._tile(kind, layer, int(query_lens_S[found].max()))
-                lists[kind] = list_work(
-                    found, starts_S[found], query_lens_S[found], seq_lens_S[found], layer, tile, COSTS[kind],
-                    self._num_sms, self._piece, max_waves,
-                )  # fmt: skip
+        for kind, found in parts.items():
+            if not len(found):
+                continue
+            of_kind = (starts_S, query_lens_S, seq_lens_S)
+            if len(found) < len(low_S):
+                of_kind = (starts_S[found], query_lens_S[found], seq_lens_S[found])
+            tile = tiles.get(kind) or self._tile(kind, layer, int(of_kind[1].max()))
+            lists[kind] = list_work(found, *of_kind, layer, tile, COSTS[kind], self._num_sms, self._piece, max_waves)
         return lists
 
     def _staged(self, words: np.ndarray) -> Tensor:

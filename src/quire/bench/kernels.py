@@ -80,6 +80,7 @@ HIGH_TILES = (
     (128, 64, 4, 2, 2, 64), (128, 64, 4, 2, 2, 32), (128, 64, 4, 2, 2, 256), (128, 128, 8, 2, 1, 64), (128, 64, 8, 2, 1, 64),
     (128, 64, 8, 3, 1, 64), (128, 32, 4, 3, 2, 64), (256, 64, 8, 2, 1, 32), (64, 64, 4, 2, 2, 128),
 )  # fmt: skip
+GLUON_TILES = ((128, 128, 8, 2, 1, 32), (128, 128, 8, 2, 1, 64), (128, 64, 8, 4, 1, 64), (128, 64, 8, 3, 1, 64))
 PIECES = (256, 384, 512, 704, 1024, 1408, 2048, 4096)
 
 
@@ -147,10 +148,14 @@ def _row(work: Work, found: dict[str, float], ceilings: dict[str, float]) -> dic
 
 def variants(work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names, and options of `measure`."""
+    from quire.kernels.gluon import GluonTile
     from quire.kernels.triton.attention import Tile
 
     for numbers in LOW_TILES if work.decode else HIGH_TILES:
         yield " ".join(map(str, numbers)), {"tiles": {"low" if work.decode else "high": Tile(*numbers)}}
+    if not work.decode:
+        for numbers in GLUON_TILES:
+            yield "gluon " + " ".join(map(str, numbers)), {"tiles": {"high": GluonTile(*numbers)}}
     if work.decode:
         for piece in PIECES:
             if piece <= max(work.lengths):

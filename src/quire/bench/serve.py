@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from quire.bench.http import HttpError, Target
-from quire.bench.summary import Summary, parse_goodput
 from quire.bench.load import INTERRUPTED, PATHS, Job, Load, Record, SplitLoad, error_message
 from quire.bench.report import add_report_arguments, report
+from quire.bench.summary import Summary, parse_goodput
 from quire.bench.timeline import Sample, check_can_plot, plot, sample, waste_ratio, watch
 from quire.bench.traffic import (
     FIRST_TOKEN_ID,

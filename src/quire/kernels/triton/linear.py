@@ -4,7 +4,7 @@
     linear_silu_mul  y = silu(gate) * up, of [gate | up] = x W^T + b
     linear_pieces    y = x W^T, in fp32 and not summed up yet: [P, T, O] over P ranges of the inputs
 
-A program computes a tile of outputs for up to 128 tokens. Where a layer has fewer tiles than the GPU has multiprocessors, the
+A program computes a tile of outputs for all tokens. Where a layer has fewer tiles than the GPU has multiprocessors, the
 inputs are cut as well, and whoever reads the result sums it: a norm does it in passing (`fused`), in a fixed order.
 
                      inputs                       programs, 2 pieces
@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quire.kernels.triton import dependent
 
-MAX_TOKENS = 256
+MAX_TOKENS = 128
 MAX_PIECES = 8
 DTYPES = (torch.bfloat16, torch.float16)
 SMALL = 2**23
@@ -64,12 +64,11 @@ def choose_tile(num_tokens: int, num_outputs: int, size: int, *, silu: bool = Fa
 
     The matrix units multiply 64 rows at a time: of tokens, or of outputs where tokens are few.
     """
-    tokens = min(128, max(16, triton.next_power_of_2(num_tokens)))
-    of_64_rows = triton.cdiv(num_outputs, 64) * triton.cdiv(num_tokens, tokens)
-    rows = 64 if of_64_rows >= 0.7 * PROGRAMS or (in_pieces and num_outputs > 2048) else 32
+    tokens = max(16, triton.next_power_of_2(num_tokens))
+    rows = 64 if num_outputs >= 0.7 * 64 * PROGRAMS or (in_pieces and num_outputs > 2048) else 32
     if rows < 64:
         tokens = max(64, tokens)
-    tiles = triton.cdiv(num_outputs, rows) * triton.cdiv(num_tokens, tokens)
+    tiles = triton.cdiv(num_outputs, rows)
     columns = 64 if silu and tokens == 128 else 128
     stage_bytes = 2 * columns * (rows * (2 if silu else 1) + tokens)
     # where there are more programs than multiprocessors, two share one
@@ -97,7 +96,7 @@ def takes(
     if x_TH.stride(1) != 1 or x_TH.stride(0) % 8 or x_TH.data_ptr() % 16 or weight_OH.shape[1] % 8:
         return False  # the copy engine wants multiples of 16 bytes
     most = 128 if silu or in_pieces or weight_OH.numel() <= SMALL else 64
-    return len(x_TH) in (16, 32, 64, 128) and len(x_TH) <= most and not (in_pieces and bias_O is not None)
+    return len(x_TH) in (16, 32, 64, MAX_TOKENS) and len(x_TH) <= most and not (in_pieces and bias_O is not None)
 
 
 def _has_tma(index: int | None) -> bool:
@@ -122,15 +121,14 @@ def _linear(
     PIECES: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, DOT_TYPE: tl.constexpr,
     BIAS: tl.constexpr, SILU: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: outputs [tile * ROWS, (tile + 1) * ROWS) of TOKENS tokens, over one piece of the inputs."""
+    """One program: outputs [tile * ROWS, (tile + 1) * ROWS) of all tokens, over one piece of the inputs."""
     TILES: tl.constexpr = (OUTPUTS + ROWS - 1) // ROWS
     TURNS: tl.constexpr = (SIZE + COLUMNS * PIECES - 1) // (COLUMNS * PIECES)
     # Few tokens stand where the matrix units take 8 and more, not 64.
     SWAP: tl.constexpr = TOKENS < 64
     program = tl.program_id(0)
     tile = program % TILES
-    piece = program // TILES % PIECES
-    first_token = program // (TILES * PIECES) * TOKENS
+    piece = program // TILES
     begin = piece * (TURNS * COLUMNS)
     row_R = tile * ROWS + tl.arange(0, ROWS)
     if PDL:
@@ -147,7 +145,7 @@ def _linear(
     other_TR = sum_TR
     for turn in tl.range(0, TURNS, num_stages=STAGES):
         at = begin + turn * COLUMNS
-        x = x_desc.load([first_token, at]).to(DOT_TYPE)
+        x = x_desc.load([0, at]).to(DOT_TYPE)
         weight = weight_desc.load([tile * ROWS, at]).to(DOT_TYPE)
         if SWAP:
             sum_TR = tl.dot(weight, tl.trans(x), sum_TR)
@@ -171,7 +169,7 @@ def _linear(
         gate_TR = sum_TR.to(dtype).to(tl.float32)
         silu_TR = (gate_TR / (1.0 + tl.exp(-gate_TR))).to(dtype)
         sum_TR = silu_TR.to(tl.float32) * other_TR.to(dtype).to(tl.float32)
-    token_T = first_token + tl.arange(0, TOKENS)
+    token_T = tl.arange(0, TOKENS)
     address_TR = out_ptr + ((piece * num_tokens + token_T) * OUTPUTS).to(tl.int64)[:, None] + row_R[None, :]
     mask_TR = (token_T < num_tokens)[:, None] & (row_R < OUTPUTS)[None, :]
     tl.store(address_TR, sum_TR.to(out_ptr.dtype.element_ty), mask=mask_TR)
@@ -212,9 +210,10 @@ def _launch(
         raise TypeError("x, weight and bias must be of one dtype")
     if tile.num_pieces > 1 and out.dtype is not torch.float32:
         raise ValueError("a result in the tensors' dtype has one piece")
-    grid = (triton.cdiv(num_outputs, tile.rows) * tile.num_pieces * triton.cdiv(num_tokens, tile.tokens),)
+    if tile.tokens < num_tokens:
+        raise ValueError(f"a tile of {tile.tokens} tokens does not hold {num_tokens}")
     pdl = dependent.options(x_TH.device)
-    _linear[grid](
+    _linear[(triton.cdiv(num_outputs, tile.rows) * tile.num_pieces,)](
         TensorDescriptor(x_TH, list(x_TH.shape), list(x_TH.stride()), [tile.tokens, tile.columns]),
         TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [tile.rows, tile.columns]),
         weight, weight if bias is None else bias, out, num_tokens,  # any tensor of the type will do for no bias

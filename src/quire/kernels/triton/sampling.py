@@ -20,13 +20,12 @@ Does not know `SamplingState`: an entry is described by eight words, and its par
 Shape legend: M = entries, V = vocabulary, R = rows, C = columns of parameters, L = most tokens of a sequence, P = pieces.
 """
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# The words of an entry, int32.
+# The words of an entry, int32; the two of seed and of branch are one uint64 each, low word first.
 WORDS = 8
 ROW, POSITION, SEED_LOW, SEED_HIGH, BRANCH_LOW, BRANCH_HIGH, FLAGS = range(7)
 # Bits of FLAGS.
@@ -50,17 +49,6 @@ _C_BRANCH_HIGH = tl.constexpr(BRANCH_HIGH)
 _C_FLAGS = tl.constexpr(FLAGS)
 _C_BIG = tl.constexpr(2**31 - 1)
 _C_ABOVE_ONE = tl.constexpr(0x3F800001)  # bits of the smallest float32 above 1, the largest weight
-
-
-def entry_words(
-    rows_M: np.ndarray, positions_M: np.ndarray, seeds_M: np.ndarray, branches_M: np.ndarray, flags_M: np.ndarray
-) -> np.ndarray:
-    """The words of M entries, int32 [M, 8]. Seeds and branches are uint64, of which all bits count."""
-    words_M8 = np.zeros((len(rows_M), WORDS), np.int32)
-    words_M8[:, ROW], words_M8[:, POSITION], words_M8[:, FLAGS] = rows_M, positions_M, flags_M
-    words_M8[:, SEED_LOW : SEED_HIGH + 1] = np.ascontiguousarray(seeds_M).view(np.int32).reshape(-1, 2)
-    words_M8[:, BRANCH_LOW : BRANCH_HIGH + 1] = np.ascontiguousarray(branches_M).view(np.int32).reshape(-1, 2)
-    return words_M8
 
 
 @triton.jit
@@ -422,7 +410,7 @@ def choose_tokens(
 ) -> None:
     """Draws a token for each entry into result_2M (int32, contiguous): row 0 the tokens (0 where in error), row 1 the codes.
 
-    logits_MV: any float dtype, rows contiguous. words_M8: int32, see `entry_words`. params_RC: fp32, whose first columns are
+    logits_MV: any float dtype, rows contiguous. words_M8: int32, see `WORDS`. params_RC: fp32, whose first columns are
     1 / temperature (1 for greedy entries), top-k (V for none), top-p, min-p. truncated: whether any entry has TRUNCATE.
     token_ids_RL: int32, where each token is also
     written at (row, position); None: nowhere.

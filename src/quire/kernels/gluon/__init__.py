@@ -1,0 +1,62 @@
+"""Kernels in Gluon, for Hopper alone: what their callers need to know before they load them, and with them the compiler's
+experimental part (`quire.kernels.gluon.attention`).
+
+Does not know how work is planned (`quire.attention.triton`).
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from quire.kernels.triton.attention import Tile
+
+TRITON_VERSIONS = ("3.6",)
+"""Those that the kernels were seen to work with: Gluon is experimental, and changes its functions from one to the next."""
+GROUPS = (1, 2, 4, 8, 16, 32)
+HEAD_SIZES = (64, 128)
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class GluonTile(Tile):
+    """A tile that `quire.kernels.gluon.attention` computes where it can (no softcap, and `takes`), else the Triton kernel.
+
+    num_stages: turns' keys, and as many turns' values, that shared memory holds. num_warps is the Triton kernel's.
+    """
+
+
+@cache
+def available(device: torch.device) -> bool:
+    """Whether this is a GPU that the kernels are for, and a Triton that compiles them."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and ".".join(triton.__version__.split(".")[:2]) in TRITON_VERSIONS
+    )
+
+
+def supports(num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> bool:
+    """Whether the attention kernel is for such layers, with or without a window, causal or not, but with no softcap.
+
+    dtype: of queries and cache both.
+    """
+    group = num_heads // num_kv_heads
+    return group in GROUPS and head_size in HEAD_SIZES and dtype in (torch.bfloat16, torch.float16)
+
+
+def takes(q_TND: Tensor, kv_B2KSD: Tensor) -> bool:
+    """Whether these tensors, of a layer that `supports` is true for, lie as TMA needs it: on multiples of 16 bytes."""
+    return kv_B2KSD.shape[3] in BLOCK_SIZES and all(
+        x.dtype.itemsize == 2 and x.stride(-1) == 1 and not (x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:-1]))
+        for x in (q_TND, kv_B2KSD)
+    )
+
+
+def choose_tile(max_query_len: int, window: int | None) -> GluonTile:
+    """The tile for items of sequences with up to so many query tokens."""
+    if window is not None:  # fewer keys in a turn: less lies beyond the edges, whose masks take registers
+        return GluonTile(128, 64, 8, 4, 1, 64)
+    return GluonTile(128, 128, 8, 2, 1, 64 if max_query_len <= 1024 else 32)
