@@ -58,6 +58,17 @@ def first_visible(window: int | None, position: int) -> int:
     return 0 if window is None else max(0, position - window + 1)
 
 
+def assert_int32(step: SchedulerOutput) -> None:
+    """Whatever the scheduler indexes with: the arrays of its messages are int32."""
+    sent = [step.rows, step.starts, step.num_tokens, step.sample_entries, step.sample_rows, step.sample_positions]
+    sent.append(step.copies)
+    sent += [array for updates in step.table_updates for u in updates for array in (u.rows, u.columns, u.blocks)]
+    sent += [transfer.pairs for transfer in (*step.swap_out, *step.swap_in)]
+    if (decided := step.token_updates) is not None:
+        sent += [decided.rows, decided.positions, decided.token_ids]
+    assert all(array.dtype == np.int32 for array in sent), [array.dtype for array in sent]
+
+
 class PretendWorker:
     """Executes steps on `memory[group]`-free KV: one array of slots for all groups, since they share one pool."""
 
@@ -77,6 +88,7 @@ class PretendWorker:
         self.num_slots_read = 0
 
     def run(self, step: SchedulerOutput, rng: random.Random, draft: float, error: float) -> StepOutput:
+        assert_int32(step)
         for new in step.new_rows:
             self.tenant[new.row] = new
             self.tokens[new.row] = EMPTY

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quire import LLM, SamplingParams
-from support import assert_nothing_leaked
+from support import TINY_CONFIG, assert_nothing_leaked
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,6 +44,60 @@ def check_way(llm: LLM, options: dict[str, Any]) -> None:
         assert runner.graphs.num_replays > 5
         assert runner.graphs.num_mixed_replays > 0
         assert runner.graphs.num_captures >= 2 * len(runner.graphs.sizes) + len(runner.graphs.mixed_sizes)
+
+
+def test_nothing_is_left_to_compile_when_graphs_are_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    from quire.kernels.triton import attention, blocks, fused, linear, sampling, skinny
+    from quire.worker.graph_runner import GraphRunner
+
+    for module in (attention, blocks, fused, linear, sampling, skinny):
+        for kernel in vars(module).values():
+            if isinstance(kernel, JITFunction):
+                kernel.device_caches.clear()
+    phases: list[str] = []
+    compiled: dict[str, list[str]] = {"compile_ahead": [], "capture_all": []}
+    compiles = JITFunction._do_compile
+
+    def compile_(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        if phases:
+            compiled[phases[-1]].append(self.__name__)
+        return compiles(self, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", compile_)
+    for phase in compiled:
+        method = getattr(GraphRunner, phase)
+
+        def within(runner: GraphRunner, method: Any = method, phase: str = phase) -> None:
+            phases.append(phase)
+            method(runner)
+            phases.pop()
+
+        monkeypatch.setattr(GraphRunner, phase, within)
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
+    with LLM(
+        str(tmp_path), load_format="dummy", skip_tokenizer_init=True, device="cuda", dtype="bfloat16", max_num_seqs=200
+    ):
+        pass
+    assert {"_attend", "_linear", "_multiply_add", "_choose_kernel"} <= set(compiled["compile_ahead"])
+    assert compiled["capture_all"] == []
+
+
+def test_steps_take_no_more_memory_than_planned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shape = {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 90_000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | shape | {"max_position_embeddings": 8192}))
+    caplog.set_level("INFO", "quire.worker.worker")
+    with LLM(str(tmp_path), load_format="dummy", skip_tokenizer_init=True, device="cuda", dtype="bfloat16"):
+        pass
+    assert "beside weights and KV cache" in caplog.text
+    assert "were planned" not in caplog.text
 
 
 def answers(model: Path, **options: Any) -> list[list[int]]:

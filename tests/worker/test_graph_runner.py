@@ -86,7 +86,7 @@ def test_tokens_are_those_of_the_plain_way(tiny_model: Path, graphs: str, option
 def test_sizes() -> None:
     assert graph_sizes(1) == [1]
     assert graph_sizes(3) == [1, 2, 4]
-    assert graph_sizes(6) == [1, 2, 4, 8]
+    assert graph_sizes(6) == [1, 2, 4, 16]
     assert graph_sizes(256)[-2:] == [240, 256]
     assert graph_sizes(10_000)[-1] == 512
     assert mixed_sizes(0) == []

@@ -52,7 +52,7 @@ class Batch:
         self._arrival = np.zeros(max_num_seqs, dtype=np.int64)
         self._branch = np.zeros(max_num_seqs, dtype=np.int64)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._order: np.ndarray | None = np.zeros(0, dtype=np.int32)
+        self._order: np.ndarray | None = np.zeros(0, dtype=np.intp)
 
     @property
     def num_free_rows(self) -> int:
@@ -63,9 +63,12 @@ class Batch:
         return self.max_num_seqs - len(self._free_rows)
 
     def rows_in_order(self) -> np.ndarray:
-        """int32: rows in use, by (priority, arrival, branch). The rows of a group are neighbours."""
+        """intp: rows in use, by (priority, arrival, branch). The rows of a group are neighbours.
+
+        NumPy indexes several times faster with intp than with int32, and a step indexes by rows some forty times.
+        """
         if self._order is None:
-            used = np.flatnonzero(self._used).astype(np.int32)
+            used = np.flatnonzero(self._used)
             keys = (self._branch[used], self._arrival[used], self.priority[used])
             self._order = used[np.lexsort(keys)]
         return self._order

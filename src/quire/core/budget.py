@@ -40,6 +40,8 @@ class TokenBudget:
         decoding = counts == 1
         num_decoding = int(np.count_nonzero(decoding))
         left = self.total = self._step_budget(rows, num_decoding)
+        if num_decoding == len(rows) <= left and not self.drafts:  # as in most steps, nobody catches up
+            return counts
         if num_decoding > left:
             counts[np.flatnonzero(decoding)[left:]] = 0
         left = max(left - num_decoding, 0)

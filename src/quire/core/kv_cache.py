@@ -32,18 +32,15 @@ class AllocationPlan:
     """Which of `rows` needs how many blocks to compute `counts` tokens from `starts` on.
 
     `needed` [R] sums over cache groups: new blocks at the table's end, and copies of shared ones. `new` and `copy` say the
-    same for each group.
+    same for each group. `total` is the sum of `needed`.
     """
 
     rows: np.ndarray
     starts: np.ndarray
     needed: np.ndarray
+    total: int
     new: list[np.ndarray]
     copy: list[np.ndarray]  # bool: the block that is written first is shared
-
-    @property
-    def total(self) -> int:
-        return int(self.needed.sum())
 
 
 @dataclass(slots=True)
@@ -70,6 +67,9 @@ class _Moving:
 
     pool: BlockPool
     blocks: list[int]
+
+
+_NO_COPIES = np.zeros((0, 2), dtype=np.int32)
 
 
 class KVCacheManager:
@@ -121,20 +121,20 @@ class KVCacheManager:
         """What it takes to write `counts` tokens from position `starts` on, for each of `rows`. Changes nothing."""
         size = self.block_size
         first = starts // size
-        end = -(-(starts + counts) // size)
+        end = (starts + counts + (size - 1)) // size
         needed = np.zeros(len(rows), dtype=np.int32)
         new, copy = [], []
         for g in range(len(self.groups)):
             have = self.num_blocks[g][rows]
             grow = np.maximum(end - have, 0)
             written = self.tables[g][rows, np.minimum(first, self.tables[g].shape[1] - 1)]
-            shared = (first < have) & (counts > 0) & ((self.pool.ref_count[written] > 1) | self.pool.published[written])
-            if shared.any():
-                shared = self._last_writer_keeps(written, shared)
+            shared = (self.pool.ref_count[written] > 1) | self.pool.published[written]
+            if np.count_nonzero(shared):
+                shared = self._last_writer_keeps(written, shared & (first < have) & (counts > 0))
             needed += grow + shared
             new.append(grow)
             copy.append(shared)
-        return AllocationPlan(rows, starts, needed, new, copy)
+        return AllocationPlan(rows, starts, needed, int(np.add.reduce(needed)), new, copy)
 
     def _last_writer_keeps(self, written: np.ndarray, shared: np.ndarray) -> np.ndarray:
         """Of several rows that write into one block, each takes a copy, but the last one alone with it writes in place."""
@@ -149,6 +149,8 @@ class KVCacheManager:
 
     def commit(self, plan: AllocationPlan, last_step: int) -> None:
         """Allocates what `plan` says; the caller has seen that it fits. `last_step`: the newest step that was scheduled."""
+        if not plan.total:
+            return
         for g, (grow, copy) in enumerate(zip(plan.new, plan.copy)):
             if copy.any():
                 self._copy_on_write(g, plan.rows[copy], plan.starts[copy] // self.block_size, last_step)
@@ -185,7 +187,7 @@ class KVCacheManager:
 
     def _set(self, g: int, rows: np.ndarray, columns: np.ndarray, blocks: np.ndarray) -> None:
         self.tables[g][rows, columns] = blocks
-        self._updates[g].append(TableUpdate(rows, columns, blocks))
+        self._updates[g].append(TableUpdate(rows.astype(np.int32, copy=False), columns, blocks))
 
     def _set_row(self, g: int, row: int, blocks: Sequence[int], first_block: int = 0) -> None:
         """The whole table of a row that has none: its entries from `first_block` on."""
@@ -467,6 +469,8 @@ class KVCacheManager:
     def drain(self, step: int) -> tuple[list[list[TableUpdate]], np.ndarray]:
         """Table updates and (source, target) copies [C, 2] collected for step `step`."""
         updates, self._updates = self._updates, [[] for _ in self.groups]
+        if not self._copies and not self._copied_from:
+            return updates, _NO_COPIES
         copies = np.asarray([(source, target) for target, source in self._copies.items()], dtype=np.int32).reshape(
             -1, 2
         )

@@ -41,7 +41,7 @@ from quire.core.stop import cut_behind_end, find_end
 from quire.core.transfers import Transfers
 from quire.core.victims import facts_of, over_its_share
 
-ROW_DTYPE = np.int32
+ROW_DTYPE = np.intp  # what indexes; messages to the worker are int32
 ARRIVAL_GAP = 1 << 20  # numbers between two arrivals, for the groups that are forked from the first
 
 
@@ -235,15 +235,17 @@ class Scheduler:
         counts = self._budget.share(rows)
         rows, counts, plan, was_short = self._make_room(rows, counts)
         self._commit(plan)
-        starts = self.batch.num_scheduled[rows]
+        starts = plan.starts
         self._charge(rows, starts, starts + counts)
         parts = [(rows, starts, counts)]
         if not was_short:
-            parts += self._admit(self._budget.total - int(counts.sum()))
+            parts += self._admit(self._budget.total - int(np.add.reduce(counts)))
         self._held_in_vain = next_in[0] if next_in and self._queue.first() is next_in[0] else None
         return self._emit(parts)
 
     def _commit(self, plan: AllocationPlan) -> None:
+        if not plan.total:
+            return
         self.kv.commit(plan, self._next_step - 1)
         for copy in plan.copy:
             if copy.any():
@@ -257,7 +259,8 @@ class Scheduler:
         """
         pool, batch = self.kv.pool, self.batch
         was_short = False
-        rows, counts = rows[counts > 0], counts[counts > 0]
+        if np.count_nonzero(counts) < len(rows):
+            rows, counts = rows[counts > 0], counts[counts > 0]
         while True:
             plan = self.kv.plan(rows, batch.num_scheduled[rows], counts)
             if plan.total <= pool.num_free:
@@ -405,7 +408,7 @@ class Scheduler:
         rows_array = np.asarray([row], dtype=ROW_DTYPE)
         start = batch.num_scheduled[rows_array]
         todo = min(lead.num_tokens, int(batch.limit[row]), int(batch.max_total[row]) - 1) - hit.num_tokens
-        count = np.asarray([max(min(todo, budget), 0)], dtype=ROW_DTYPE)
+        count = np.asarray([max(min(todo, budget), 0)], dtype=np.int32)
         self._commit(kv.plan(rows_array, start, count))
         self._charge(rows_array, start, start + count)  # at once: who is next depends on it
         return rows_array, start, count
@@ -427,7 +430,7 @@ class Scheduler:
         if len(parts) == 1:
             rows, starts, counts = parts[0]
         else:
-            rows, starts, counts = (np.concatenate(column).astype(ROW_DTYPE, copy=False) for column in zip(*parts))
+            rows, starts, counts = (np.concatenate(column) for column in zip(*parts))
             kept = counts > 0
             rows, starts, counts = rows[kept], starts[kept], counts[kept]
         is_polling = self.kv.has_transfers and not self._flights
@@ -437,23 +440,29 @@ class Scheduler:
         self._next_step += 1
         ends = starts + counts
         known = batch.num_tokens[rows] + batch.num_pending[rows]
+        sent_rows = rows.astype(np.int32)
         sampling = ends >= known  # the last known token's position, or a draft's, is among those computed
-        sample_entries = np.flatnonzero(sampling).astype(ROW_DTYPE)
-        sample_rows, sample_positions = rows[sampling], known[sampling]
-        sample_index = sample_entries
+        sample_index = sampling.nonzero()[0]
+        if len(sample_index) == len(rows):
+            sampled, sample_rows, sample_positions = rows, sent_rows, known
+        else:
+            sampled, sample_rows, sample_positions = rows[sampling], sent_rows[sampling], known[sampling]
+        sample_entries = sample_index.astype(np.int32)
         batch.num_scheduled[rows] = ends
         batch.last_step[rows] = step
-        batch.num_pending[sample_rows] += 1 - batch.is_beam[sample_rows]  # a beam's next token is not drawn in the step
+        is_beam = batch.is_beam[sampled]
+        batch.num_pending[sampled] += 1 - is_beam  # a beam's next token is not drawn in the step
         all_rows, all_ends = rows, ends
         drafts = {}
         if self._drafts:
             drafts = self._take_drafts(rows)
-        forked = self._fork_after_prefill(sample_rows, sample_entries) if self._rows.num_kept else []
+        forked = self._fork_after_prefill(sampled, sample_entries) if self._rows.num_kept else []
         if forked:
             children, entries = (np.asarray(column, dtype=ROW_DTYPE) for column in zip(*forked))
-            sample_index = np.concatenate([sample_index, len(rows) + np.arange(len(children), dtype=ROW_DTYPE)])
-            sample_entries = np.concatenate([sample_entries, entries])
-            sample_rows = np.concatenate([sample_rows, children])
+            sample_index = np.concatenate([sample_index, len(rows) + np.arange(len(children))])
+            sample_entries = np.concatenate([sample_entries, entries.astype(np.int32)])
+            sample_rows = np.concatenate([sample_rows, children.astype(np.int32)])
+            is_beam = np.concatenate([is_beam, batch.is_beam[children]])
             sample_positions = np.concatenate([sample_positions, ends[entries]])
             all_rows = np.concatenate([rows, children])
             all_ends = np.concatenate([ends, ends[entries]])
@@ -462,7 +471,7 @@ class Scheduler:
         swap_out, swap_in = self._transfers.drain()
         output = SchedulerOutput(
             step_id=step,
-            rows=rows,
+            rows=sent_rows,
             starts=starts,
             num_tokens=counts,
             sample_entries=sample_entries,
@@ -477,10 +486,9 @@ class Scheduler:
             draft_token_ids=drafts,
         )
         epochs, sequences = batch.epoch[all_rows], batch.sequences[all_rows]
-        is_beam = batch.is_beam[sample_rows] > 0
-        self._flights.append(_Flight(output, all_rows, all_ends, epochs, sequences, sample_index, is_beam))
+        self._flights.append(_Flight(output, all_rows, all_ends, epochs, sequences, sample_index, is_beam > 0))
         self.counts.steps += 1
-        self.counts.tokens += int(counts.sum())
+        self.counts.tokens += int(np.add.reduce(counts))
         return output
 
     def _charge(self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
@@ -529,25 +537,29 @@ class Scheduler:
         self._measure(flight.output, result)
         given = StepTokens()
         here = batch.epoch[flight.rows] == flight.epochs
-        rows = flight.rows[here]
-        batch.num_computed[rows] = flight.ends[here]
-        for i in np.flatnonzero(~here).tolist():
-            sequence = flight.sequences[i]
-            if sequence.status is Status.SWAPPED:
-                sequence.set_computed(int(flight.ends[i]))
+        rows, ends = flight.rows, flight.ends
+        if np.count_nonzero(here) < len(rows):
+            rows, ends = rows[here], ends[here]
+            for i in np.flatnonzero(~here).tolist():
+                sequence = flight.sequences[i]
+                if sequence.status is Status.SWAPPED:
+                    sequence.set_computed(int(flight.ends[i]))
+        batch.num_computed[rows] = ends
         for entry in result.prompt_logprobs:
             if not flight.sequences[entry].is_finished:  # another request may have its id by now
                 given.prompt_entries.append((flight.sequences[entry], entry, int(flight.output.starts[entry])))
 
         token_ids = np.asarray(result.token_ids, dtype=np.int32)
-        plain = here[flight.sample_index]
-        plain[list(result.errors)] = False
-        plain &= ~flight.is_beam
+        plain = here[flight.sample_index] & ~flight.is_beam
+        if result.errors:
+            plain[list(result.errors)] = False
         if flight.output.draft_token_ids:
             plain &= ~np.isin(flight.sample_index, list(flight.output.draft_token_ids))
-        self._append(flight, token_ids, np.flatnonzero(plain), given)
-        for sample in np.flatnonzero(~plain).tolist():
-            self._append_special(flight, result, sample, given)
+        samples = plain.nonzero()[0]
+        self._append(flight, token_ids, samples, given)
+        if len(samples) < len(plain):
+            for sample in np.flatnonzero(~plain).tolist():
+                self._append_special(flight, result, sample, given)
         # after the new tokens are known: a full block's name needs none of them, but its owner may have ended
         self._publish(flight, here)
         given.beam_groups, ended = self._beams.decide()
@@ -591,9 +603,9 @@ class Scheduler:
         given.sequences += sequences.tolist()
         given.token_ids += tokens.tolist()
         given.samples += samples.tolist()
-        stopped = (batch.stop_ids[rows] == tokens[:, None]).any(axis=1) & (counts >= batch.min_total[rows])
+        stopped = np.logical_or.reduce(batch.stop_ids[rows] == tokens[:, None], 1) & (counts >= batch.min_total[rows])
         ended = stopped | (counts >= batch.max_total[rows]) | batch.has_many_stop_ids[rows]
-        for i in np.flatnonzero(ended).tolist():
+        for i in ended.nonzero()[0].tolist():
             self._check_end(sequences[i], given)
 
     def _append_special(self, flight: _Flight, result: StepOutput, sample: int, given: StepTokens) -> None:
@@ -644,12 +656,14 @@ class Scheduler:
         batch, kv = self.batch, self.kv
         rows = flight.rows[here]
         size = kv.block_size
-        computed = np.minimum(batch.num_computed[rows], batch.num_tokens[rows])
-        # a row completed a block if a border lies in what it computed: a decoding one is looked at once a block
-        starts = np.zeros(len(flight.rows), dtype=ROW_DTYPE)
-        starts[: len(flight.output.starts)] = flight.output.starts
-        filled = computed // size > starts[here] // size
-        kv.publish(rows[filled], computed[filled])
+        if kv.enable_prefix_caching:
+            computed = np.minimum(batch.num_computed[rows], batch.num_tokens[rows])
+            # a row completed a block if a border lies in what it computed: a decoding one is looked at once a block
+            starts = np.zeros(len(flight.rows), dtype=np.int32)
+            starts[: len(flight.output.starts)] = flight.output.starts
+            filled = computed // size > starts[here] // size
+            if np.count_nonzero(filled):
+                kv.publish(rows[filled], computed[filled])
         kv.free_behind_windows(rows, self._next_step - 1)
 
     def _finish_transfers(self, transfer_ids: list[int]) -> None:

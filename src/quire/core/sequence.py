@@ -259,7 +259,10 @@ class RequestGroup:
 
     @property
     def is_finished(self) -> bool:
-        return all(sequence.is_finished for sequence in self.sequences)
+        for sequence in self.sequences:  # noqa: SIM110 - asked of each request at each step, which a generator makes dear
+            if sequence.status is not Status.FINISHED:
+                return False
+        return True
 
     @property
     def num_rows(self) -> int:

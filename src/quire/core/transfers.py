@@ -69,6 +69,8 @@ class Transfers:
 
     def drain(self) -> tuple[list[Transfer], list[Transfer]]:
         """Out and in, for the step being planned."""
+        if not self._ordered:
+            return [], []
         ordered, self._ordered = self._ordered, []
         out = [transfer for transfer in ordered if transfer.direction is Direction.OUT]
         return out, [transfer for transfer in ordered if transfer.direction is Direction.IN]

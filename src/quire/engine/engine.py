@@ -280,31 +280,37 @@ class Engine:
         self.scheduler.admitted.clear()
 
     def _process(self, given: StepTokens, result: StepOutput) -> list[RequestState]:
-        """Hands tokens to their requests; returns those that have something new."""
+        """Hands tokens to their requests; returns those whose callers may be told something new."""
         now_s = self.clock()
+        states, logprobs = self._states, result.logprobs
         touched: dict[str, RequestState] = {}
+        ended: dict[str, RequestState] = {}  # of which a sequence has: the request may have with it
         for sequence, entry, first_position in given.prompt_entries:
-            if state := self._states.get(sequence.group.request_id):
+            if state := states.get(sequence.group.request_id):
                 state.take_prompt_logprobs(first_position, result.prompt_logprobs[entry])
         for group in given.beam_groups:
-            if isinstance(beams := self._states.get(group.request_id), BeamState):
+            if isinstance(beams := states.get(group.request_id), BeamState):
                 beams.advance(now_s)
                 touched[group.request_id] = beams
         for sequence, token_id, sample in zip(given.sequences, given.token_ids, given.samples):
-            state = self._states[sequence.group.request_id]
-            touched[sequence.group.request_id] = state
-            if state.append(sequence, token_id, result.logprobs.get(sample), now_s) is not None:
+            request_id = sequence.group.request_id
+            state = states[request_id]
+            if not state.is_final_only:
+                touched[request_id] = state
+            found = logprobs.get(sample) if logprobs else None
+            if state.append(sequence, token_id, found, now_s) is not None:
                 self._stop(state, sequence, now_s)
+                ended[request_id] = state
         for sequence in given.finished:
-            state = self._states[sequence.group.request_id]
-            touched[sequence.group.request_id] = state
+            request_id = sequence.group.request_id
+            state = ended[request_id] = states[request_id]
             state.finish(sequence, now_s)
             if sequence.error is not None:
-                logger.warning("request %s failed: %s", sequence.group.request_id, sequence.error)
-        for state in touched.values():
+                logger.warning("request %s failed: %s", request_id, sequence.error)
+        for state in ended.values():
             if state.group.is_finished:
                 self._forget(state)
-        return list(touched.values())
+        return list((touched | ended).values())
 
     def _stop(self, state: RequestState, sequence: TokenSequence, now_s: float) -> None:
         """A stop string is there: the sequence ends here, whatever steps in flight add to it."""

@@ -23,7 +23,9 @@ class LaunchedStep(Future[StepOutput]):
     def result(self, timeout: float | None = None) -> StepOutput:
         if not self.done():
             try:
-                self.set_result(self._finish())
+                found = self._finish()
+                self.set_result(found)
+                return found
             except Exception as error:
                 self.set_exception(error)
         return super().result(timeout)
@@ -69,14 +71,22 @@ class UniprocExecutor(Executor):
     def submit(self, step: SchedulerOutput) -> Future[StepOutput]:
         if self._thread is not None:
             return self._thread.submit(self._run, step)
+        if self._on_gpu:
+            return self._launch(step)
         future: Future[StepOutput] = Future()
         try:
-            if self._on_gpu:
-                return LaunchedStep(self.worker.launch(step))
             future.set_result(self._run(step))
         except Exception as error:
             future.set_exception(error)
         return future
+
+    def _launch(self, step: SchedulerOutput) -> Future[StepOutput]:
+        try:
+            return LaunchedStep(self.worker.launch(step))
+        except Exception as error:
+            failed: Future[StepOutput] = Future()
+            failed.set_exception(error)
+            return failed
 
     def _run(self, step: SchedulerOutput) -> StepOutput:
         self.worker.forward(step)

@@ -88,8 +88,8 @@ class SamplingState:
         self.params_RC = torch.zeros(max_num_seqs, len(Column), dtype=torch.float32, device=self.device)
         # On the host, for decisions and for the uniforms, which cost less to make there than to launch.
         self.uses_R = np.zeros(max_num_seqs, np.int32)
-        self.seed_R = np.zeros(max_num_seqs, np.uint64)
-        self.branch_R = np.zeros(max_num_seqs, np.uint64)
+        self.seed_branch_R2 = np.zeros((max_num_seqs, 2), np.uint64)  # side by side, since draws always need both
+        self.seed_R, self.branch_R = self.seed_branch_R2[:, 0], self.seed_branch_R2[:, 1]
         self.prompt_len_R = np.zeros(max_num_seqs, np.int64)
         self.num_logprobs_R = np.full(max_num_seqs, -1, np.int64)  # -1: none asked
         self.num_candidates_R = np.zeros(max_num_seqs, np.int64)  # above 0: a beam

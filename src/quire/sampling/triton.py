@@ -14,11 +14,33 @@ from quire.sampling.logprobs import LogprobsTensors
 from quire.sampling.state import SamplingState, Use
 from quire.sampling.transfer import to_device
 
+_FLAGS = np.array(
+    [
+        kernels.RANDOM * bool(uses & Use.RANDOM) + kernels.TRUNCATE * bool(uses & Use.TRUNCATE)
+        for uses in range(2 * max(Use))
+    ],
+    np.int32,
+)
+"""By a row's uses."""
+_DRAW = slice(kernels.SEED_LOW, kernels.BRANCH_HIGH + 1)  # seed and branch, low words first
+
+
+def write_entries(
+    words_M8: np.ndarray, state: SamplingState, rows_M: np.ndarray, positions_M: np.ndarray, uses_M: np.ndarray
+) -> None:
+    """Writes what the kernels have to know of each entry into int32 [M, kernels.WORDS], zeros: the parameters they find by
+    its row."""
+    words_M8[:, kernels.ROW] = rows_M
+    words_M8[:, kernels.POSITION] = positions_M
+    words_M8[:, _DRAW] = state.seed_branch_R2[rows_M].view(np.int32)
+    words_M8[:, kernels.FLAGS] = _FLAGS[uses_M]
+
 
 def entry_words(state: SamplingState, rows_M: np.ndarray, positions_M: np.ndarray, uses_M: np.ndarray) -> np.ndarray:
-    """What the kernels have to know of each entry, int32 [M, kernels.WORDS]: the parameters they find by its row."""
-    flags_M = kernels.RANDOM * (uses_M & Use.RANDOM != 0) + kernels.TRUNCATE * (uses_M & Use.TRUNCATE != 0)
-    return kernels.entry_words(rows_M, positions_M, state.seed_R[rows_M], state.branch_R[rows_M], flags_M)
+    """`write_entries` into an array of its own."""
+    words_M8 = np.zeros((len(rows_M), kernels.WORDS), np.int32)
+    write_entries(words_M8, state, rows_M, positions_M, uses_M)
+    return words_M8
 
 
 class TritonChooser:

@@ -2,11 +2,11 @@
 
 A step that only decodes, of n entries, runs in the smallest captured size that holds them (`forward`); a *mixed* one, with
 chunks of prompts, in the smallest that holds its tokens (`forward_mixed`). What changes from step to step lies in buffers of
-fixed address; all of it goes there in one copy from pinned memory (and the attention plan's work list in another). For each
-size there is one graph of the layers, and one of the head and the draw for each kind of sampling; tokens come back in one copy:
+fixed address; all of it, the attention plans' work lists too, goes there in one copy from pinned memory. For each size there is
+one graph of the layers, and one of the head and the draw for each kind of sampling; tokens come back in one copy:
 
-    host      fill pinned words | plan attention | launch, launch | copy results, record event
-    device    words, work list -> [ table updates, lay out, layers ] -> [ head, draw, write tokens ] -> tokens, codes
+    host      fill pinned words, plan attention | copy | launch, launch | copy results, record event
+    device    words -> [ table updates, lay out, layers ] -> [ head, draw, write tokens ] -> tokens, codes
 
 Mixed sizes gather the hidden states that are sampled from; one launch takes them to the decoding size of as many entries,
 whose draw it is from there on. Sizes beyond LONG tokens have two sets of graphs: for long queries attention has larger tiles.
@@ -36,24 +36,31 @@ from torch import Tensor, nn
 
 from quire.attention.base import AttentionBackend, AttentionBatch, AttentionSpec
 from quire.core.step import SchedulerOutput
-from quire.kernels.triton import blocks, sampling
+from quire.kernels.triton import blocks, linear, sampling
 from quire.layers.context import ForwardContext
 from quire.sampling.sampler import SamplerOutput
 from quire.sampling.state import SamplingState, Use
-from quire.sampling.transfer import ToHost
-from quire.sampling.triton import entry_words
-from quire.worker.input_batch import PackedInputBatch, Packing, pinned_words
+from quire.sampling.transfer import Inbox, Outbox, ToHost
+from quire.sampling.triton import write_entries
+from quire.worker.compile_ahead import compiling_ahead
+from quire.worker.input_batch import PackedInputBatch, Packing
 from quire.worker.kv_store import KVStore
 
 LARGEST = 512  # entries: beyond, launching takes less time than the layers do
 MIXED_LARGEST = 8192  # tokens
 LONG = 1024  # tokens of a query: see `attention.triton.choose_tile`
-_IN_GRAPH = Use.RANDOM | Use.TEMPERATURE | Use.TRUNCATE | Use.NUCLEUS
+_IN_GRAPH = int(Use.RANDOM | Use.TEMPERATURE | Use.TRUNCATE | Use.NUCLEUS)
+_TRUNCATE = int(Use.TRUNCATE)
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, then every 8th up to 64, every 16th up to 256, every 32nd up to LARGEST; the last one holds max_num_seqs."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, LARGEST + 1, 32)]
+    """1, 2, 4, then 16 and its doubles up to 128, every 16th up to 256, every 32nd up to LARGEST; the last one holds
+    max_num_seqs.
+
+    Up to 128 a step takes as long as reading the weights, and linear layers of so many tokens read them faster than those of
+    fewer (`kernels.triton.linear`).
+    """
+    sizes = [1, 2, 4, 16, 32, 64, *range(128, 256, 16), *range(256, LARGEST + 1, 32)]
     return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < max_num_seqs]
 
 
@@ -67,7 +74,10 @@ def mixed_sizes(max_num_tokens: int) -> list[int]:
 
 
 class GraphBackend(Protocol):
-    """An attention backend whose plan can be replayed: see `attention.triton.TritonBackend`."""
+    """An attention backend whose plan can be replayed: see `attention.triton.TritonBackend`.
+
+    Buffers have `work`, int32 words on the device, and `at(work)` gives the same in other words.
+    """
 
     def buffers(self, spec: AttentionSpec, dtype: torch.dtype, max_num_seqs: int) -> Any: ...
 
@@ -76,6 +86,8 @@ class GraphBackend(Protocol):
     ) -> Any: ...
 
     def plan(self, batch: AttentionBatch, buffers: Any = None) -> Any: ...
+
+    def fill(self, buffers: Any, query_starts_S1: np.ndarray, seq_lens_S: np.ndarray, words: np.ndarray) -> None: ...
 
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
@@ -113,7 +125,7 @@ class CudaCapture:
 class _Size:
     """One size: where its words lie, its part of the fixed buffers, and what was captured.
 
-    A mixed one draws nothing by itself, and has no hidden states of its own.
+    A mixed one draws nothing by itself, has no hidden states of its own, and gets no results.
     """
 
     is_mixed: bool
@@ -122,10 +134,12 @@ class _Size:
     num_updates: int  # most table entries that its graphs can change
     packing: Packing
     template: np.ndarray  # the words of a step of padding alone
+    words: Tensor
     views: dict[str, Tensor]
     batches: list[AttentionBatch]
     buffers: list[Any]
     result_2N: Tensor
+    inbox: Inbox | None = None
     hidden_NH: Tensor | None = None
     replay_layers: Callable[[], object] | None = None
     replay_draw: dict[bool, Callable[[], object]] = field(default_factory=dict)  # whether entries truncate
@@ -169,10 +183,16 @@ class GraphRunner:
         # the first layer of each cache group speaks for all: they differ in nothing that a plan depends on
         self._group_specs = [specs[store.group_of_layer.index(g)] for g in range(num_groups)]
         largest = self.sizes[-1]
-        packings = [self._packing(size, self._capacity(size)) for size in self.sizes]
-        packings += [self._packing(self._mixed_entries(size), self._mixed_capacity(size)) for size in self.mixed_sizes]
+        packings = [self._packing(size, self._capacity(size), self._decode_buffers(size)) for size in self.sizes]
+        packings += [
+            self._packing(self._mixed_entries(size), self._mixed_capacity(size), self._mixed_buffers(size, long))
+            for size in self.mixed_sizes
+            for long in ((False, True) if size > LONG else (False,))
+        ]
         num_words = max(packing.num_words for packing in packings)
         self._words = torch.empty(num_words, dtype=torch.int32, device=device)
+        self._outbox = Outbox(num_words, device)
+        self._one_token_each = np.arange(largest + 1, dtype=np.int32)  # a decoding step's query_start_loc, however many
         # input ids, positions, and slots of each cache group, in rows of a multiple of 16 bytes
         num_tokens = -(-max([largest, *self.mixed_sizes]) // 4) * 4
         self._flat_XT = torch.zeros((2 + num_groups, num_tokens), dtype=torch.int32, device=device)
@@ -183,8 +203,10 @@ class GraphRunner:
         self._made: dict[int, _Size] = {}
         self._made_mixed: dict[tuple[int, bool], _Size] = {}
         self._running: _Size | None = None
+        self._truncates = False  # any sample of the step that was staged
+        self._is_beyond_graphs = False  # likewise
 
-    def _packing(self, num_entries: int, capacity: int) -> Packing:
+    def _packing(self, num_entries: int, capacity: int, buffers: Sequence[Any]) -> Packing:
         """The samples' entries come first: draws find them there, whatever the size of the step that wrote them."""
         return Packing(
             {
@@ -195,8 +217,20 @@ class GraphRunner:
                 "seq_lens": num_entries,
                 "last": num_entries,
                 **{f"updates_{g}": 3 * capacity for g in range(len(self._inputs.tables_RB))},
+                **{f"work_{g}": of_group.work.shape[0] for g, of_group in enumerate(buffers)},
             }
         )
+
+    def _decode_buffers(self, num_entries: int) -> list[Any]:
+        """For each cache group, in words of their own."""
+        return [self._attention.buffers(spec, self._dtype, num_entries) for spec in self._group_specs]
+
+    def _mixed_buffers(self, num_tokens: int, long: bool) -> list[Any]:
+        num_entries, longest = self._mixed_entries(num_tokens), num_tokens if long else LONG
+        return [
+            self._attention.mixed_buffers(spec, self._dtype, num_entries, num_tokens, longest)
+            for spec in self._group_specs
+        ]
 
     @staticmethod
     def _capacity(size: int) -> int:
@@ -218,10 +252,10 @@ class GraphRunner:
             0 < num_entries <= self.sizes[-1]
             and num_entries == len(step.sample_rows)
             and not step.draft_token_ids
-            and bool((step.num_tokens == 1).all())
-            and np.array_equal(step.sample_rows, step.rows)
-            and np.array_equal(step.sample_positions, step.starts + 1)
-            and np.array_equal(step.sample_entries, np.arange(num_entries))
+            and _are_all(step.num_tokens, 1)
+            and (step.sample_rows is step.rows or _are_all(step.sample_rows, step.rows))
+            and _are_all(step.sample_positions - step.starts, 1)
+            and _are_all(step.sample_entries, self._one_token_each[:num_entries])
         )
 
     def takes_mixed(self, step: SchedulerOutput) -> bool:
@@ -246,10 +280,10 @@ class GraphRunner:
         size = self._mixed(found, found > LONG and int(step.num_tokens.max()) > LONG)
         starts_S1 = np.zeros(len(step.rows) + 1, dtype=np.int32)
         np.cumsum(step.num_tokens, out=starts_S1[1:])
-        self._stage(size, step, starts_S1)
-        plans = self._plans(size, starts_S1, step.starts + step.num_tokens)
+        lengths_S = step.starts + step.num_tokens
+        self._stage(size, step, starts_S1, lengths_S)
         if size.replay_layers is None:
-            self._capture_mixed(size, plans)
+            self._capture_mixed(size, self._plans(size, starts_S1, lengths_S))
         else:
             size.replay_layers()
             self.num_mixed_replays += 1
@@ -267,11 +301,10 @@ class GraphRunner:
         """Runs the layers; -> hidden states [S, H], which the next call overwrites."""
         num_entries = len(step.rows)
         size = self._size(next(size for size in self.sizes if size >= num_entries))
-        starts_S1 = np.arange(num_entries + 1)
-        self._stage(size, step, starts_S1)
-        plans = self._plans(size, starts_S1, step.starts + 1)
+        starts_S1, lengths_S = self._one_token_each[: num_entries + 1], step.starts + 1
+        self._stage(size, step, starts_S1, lengths_S)
         if size.replay_layers is None:
-            self._capture_layers(size, plans)
+            self._capture_layers(size, self._plans(size, starts_S1, lengths_S))
         else:
             size.replay_layers()
             self.num_replays += 1
@@ -284,17 +317,17 @@ class GraphRunner:
         size, self._running = self._running, None
         if size is None:
             return None
-        uses_M = self._sampling.uses_R[step.sample_rows]
-        if (uses_M & ~int(_IN_GRAPH)).any() or self._sampling.num_candidates_R[step.sample_rows].any():
+        if self._is_beyond_graphs:
             return None
-        truncated = bool((uses_M & Use.TRUNCATE).any())
+        truncated = self._truncates
         if truncated in size.replay_draw:
             size.replay_draw[truncated]()
         else:
             self._capture_draw(size, truncated)
-        sent = ToHost(size.result_2N)
+        sent = ToHost(size.result_2N, inbox=size.inbox)
         num_samples = len(step.sample_rows)
-        return SamplerOutput(size.result_2N[0, :num_samples], size.result_2N[1, :num_samples], _sent=sent)
+        token_ids_M, codes_M = size.result_2N[:, :num_samples].unbind()
+        return SamplerOutput(token_ids_M, codes_M, _sent=sent)
 
     @torch.inference_mode()
     def capture_all(self) -> None:
@@ -307,16 +340,43 @@ class GraphRunner:
         for num_tokens in reversed(self.mixed_sizes):
             size = self._mixed(num_tokens, False)
             if size.replay_layers is None:
-                self._words[: size.packing.num_words].copy_(torch.from_numpy(size.template))
+                size.words.copy_(torch.from_numpy(size.template))
                 self._capture_mixed(size, self._plans(size, np.zeros(1, dtype=np.int64), nothing))
         for num_entries in reversed(self.sizes):
             size = self._size(num_entries)
-            self._words[: size.packing.num_words].copy_(torch.from_numpy(size.template))
+            size.words.copy_(torch.from_numpy(size.template))
             plans = self._plans(size, np.zeros(1, dtype=np.int64), nothing)
             if size.replay_layers is None:
                 self._capture_layers(size, plans)
             if False not in size.replay_draw:
                 self._capture_draw(size, False)
+
+    @torch.inference_mode()
+    def compile_ahead(self) -> None:
+        """Compiles all kernels that there are graphs of, those that `capture_all` leaves out too, on all cores at once.
+
+        Goes through the layers for each number of tokens that kernels differ in, without running the kernels.
+        """
+        nothing = np.zeros(0, dtype=np.int64)
+
+        def plans_of(size: _Size) -> list[Any]:
+            size.words.copy_(torch.from_numpy(size.template))
+            return self._plans(size, np.zeros(1, dtype=np.int64), nothing)
+
+        def first_of(sizes: list[int], beyond: int) -> list[int]:
+            return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] <= beyond]
+
+        with compiling_ahead():
+            for num_entries in first_of(self.sizes, linear.MAX_TOKENS):
+                size = self._size(num_entries)
+                size.hidden_NH = self._layers(size, plans_of(size))
+                self._draw(size, False)
+                self._draw(size, True)
+                size.hidden_NH = None
+            for num_tokens in first_of(self.mixed_sizes, LONG):
+                for is_long in (False, True)[: 1 + (num_tokens > LONG)]:
+                    size = self._mixed(num_tokens, is_long)
+                    self._mixed_layers(size, plans_of(size))
 
     def _capture_layers(self, size: _Size, plans: Sequence[Any]) -> None:
         """Runs the layers over what is staged, and captures them."""
@@ -337,7 +397,8 @@ class GraphRunner:
         self.num_captures += 1
 
     def _plans(self, size: _Size, starts_S1: np.ndarray, lengths_S: np.ndarray) -> list[Any]:
-        """On the device a plan has the size's buffers, on the host the step's lengths: padding makes no work."""
+        """What layers are captured with. On the device a plan has the size's buffers, on the host the step's lengths: padding
+        makes no work."""
         return [
             self._attention.plan(replace(batch, query_start_loc_host_S1=starts_S1, seq_lens_host_S=lengths_S), buffers)
             for batch, buffers in zip(size.batches, size.buffers)
@@ -350,29 +411,26 @@ class GraphRunner:
         return self._made[num_entries]
 
     def _make(self, num_entries: int) -> _Size:
-        size = self._empty_size(False, num_entries, num_entries, self._capacity(num_entries))
+        buffers = self._decode_buffers(num_entries)
+        size = self._empty_size(False, num_entries, num_entries, self._capacity(num_entries), buffers)
         size.template[size.packing.slices["query_start_loc"]] = np.arange(num_entries + 1)
         size.template[size.packing.slices["seq_lens"]] = 1
-        size.buffers = [self._attention.buffers(spec, self._dtype, num_entries) for spec in self._group_specs]
         return size
 
     def _mixed(self, num_tokens: int, long: bool) -> _Size:
         size = self._made_mixed.get((num_tokens, long))
         if size is None:
             num_entries, capacity = self._mixed_entries(num_tokens), self._mixed_capacity(num_tokens)
-            size = self._empty_size(True, num_tokens, num_entries, capacity)
-            longest = num_tokens if long else LONG
-            size.buffers = [
-                self._attention.mixed_buffers(spec, self._dtype, num_entries, num_tokens, longest)
-                for spec in self._group_specs
-            ]
+            size = self._empty_size(True, num_tokens, num_entries, capacity, self._mixed_buffers(num_tokens, long))
             self._made_mixed[num_tokens, long] = size
         return size
 
-    def _empty_size(self, is_mixed: bool, num_tokens: int, num_entries: int, capacity: int) -> _Size:
-        """One whose words say that there are no tokens, and without buffers."""
+    def _empty_size(
+        self, is_mixed: bool, num_tokens: int, num_entries: int, capacity: int, buffers: Sequence[Any]
+    ) -> _Size:
+        """One whose words say that there are no tokens. buffers: such as it has, whose work is to be among its words."""
         inputs = self._inputs
-        packing = self._packing(num_entries, capacity)
+        packing = self._packing(num_entries, capacity, buffers)
         template = np.zeros(packing.num_words, dtype=np.int32)
         template[packing.slices["rows"]] = inputs.padding_row
         entries = template[packing.slices["entries"]].reshape(num_entries, sampling.WORDS)
@@ -390,6 +448,8 @@ class GraphRunner:
             )
             for g in range(len(inputs.tables_RB))
         ]
+        # its own part of the buffer, so that one copy brings tokens and codes
+        result_2N = self._result_2N.view(-1)[: 2 * num_entries].view(2, num_entries)
         return _Size(
             is_mixed=is_mixed,
             num_tokens=num_tokens,
@@ -397,39 +457,49 @@ class GraphRunner:
             num_updates=capacity,
             packing=packing,
             template=template,
+            words=self._words[: packing.num_words],
             views=views,
             batches=batches,
-            buffers=[],
-            # its own part of the buffer, so that one copy brings tokens and codes
-            result_2N=self._result_2N.view(-1)[: 2 * num_entries].view(2, num_entries),
+            buffers=[of_group.at(views[f"work_{g}"]) for g, of_group in enumerate(buffers)],
+            result_2N=result_2N,
+            inbox=None if is_mixed else Inbox(result_2N),
         )
 
-    def _stage(self, size: _Size, step: SchedulerOutput, starts_S1: np.ndarray) -> None:
-        """Sends all that the step says to where the size's graphs read it. starts_S1: where entries' tokens begin."""
-        packing, num_entries = size.packing, len(step.rows)
-        host = pinned_words(packing.num_words, self._inputs.device)
-        words = host.numpy()
+    def _stage(self, size: _Size, step: SchedulerOutput, starts_S1: np.ndarray, lengths_S: np.ndarray) -> None:
+        """Sends all that the step says to where the size's graphs read it. starts_S1: where entries' tokens begin; lengths_S:
+        tokens of each, with this step's."""
+        slices, num_entries, num_samples = size.packing.slices, len(step.rows), len(step.sample_rows)
+        words = self._outbox.next()[: size.packing.num_words]
         words[:] = size.template
-        words[packing.slices["rows"]][:num_entries] = step.rows
-        words[packing.slices["seq_lens"]][:num_entries] = step.starts + step.num_tokens
+        words[slices["rows"]][:num_entries] = step.rows
+        words[slices["seq_lens"]][:num_entries] = lengths_S
         if size.is_mixed:  # padding entries have no tokens
-            words[packing.slices["query_start_loc"]] = starts_S1[-1]
-            words[packing.slices["query_start_loc"]][: num_entries + 1] = starts_S1
-        num_samples = len(step.sample_rows)
-        words[packing.slices["last"]][:num_samples] = starts_S1[1:][step.sample_entries] - 1
-        entries_N8 = words[packing.slices["entries"]].reshape(-1, sampling.WORDS)
-        entries_N8[:num_samples] = entry_words(
-            self._sampling, step.sample_rows, step.sample_positions, self._sampling.uses_R[step.sample_rows]
-        )
-        capacity = size.num_updates
+            words[slices["query_start_loc"]] = starts_S1[-1]
+            words[slices["query_start_loc"]][: num_entries + 1] = starts_S1
+            words[slices["last"]][:num_samples] = starts_S1[1:][step.sample_entries] - 1
+        rows_M = step.sample_rows.astype(np.intp)
+        uses_M = self._sampling.uses_R[rows_M]
+        uses = int(np.bitwise_or.reduce(uses_M))
+        self._truncates = uses & _TRUNCATE != 0
+        is_beam = np.count_nonzero(self._sampling.num_candidates_R[rows_M]) > 0
+        self._is_beyond_graphs = is_beam or uses & ~_IN_GRAPH != 0
+        entries_M8 = words[: num_samples * sampling.WORDS].reshape(num_samples, sampling.WORDS)
+        write_entries(entries_M8, self._sampling, rows_M, step.sample_positions, uses_M)
+        if any(step.table_updates):
+            self._stage_updates(size, step, words)
+        for g, buffers in enumerate(size.buffers):
+            self._attention.fill(buffers, starts_S1, lengths_S, words[slices[f"work_{g}"]])
+        self._outbox.send(size.words)
+
+    def _stage_updates(self, size: _Size, step: SchedulerOutput, words: np.ndarray) -> None:
+        slices, capacity = size.packing.slices, size.num_updates
         for g, updates_3U in enumerate(self._inputs.updates(step)):
             count = updates_3U.shape[1]
             if count > capacity:
                 self._inputs.send_updates(g, updates_3U)
             elif count:
-                words[packing.slices["num_updates"]][g] = count
-                words[packing.slices[f"updates_{g}"]].reshape(3, capacity)[:, :count] = updates_3U
-        self._words[: packing.num_words].copy_(host, non_blocking=True)
+                words[slices["num_updates"]][g] = count
+                words[slices[f"updates_{g}"]].reshape(3, capacity)[:, :count] = updates_3U
 
     def _mixed_layers(self, size: _Size, plans: Sequence[Any]) -> Tensor:
         """Everything from the words to the samples' hidden states [N, H]."""
@@ -469,6 +539,10 @@ class GraphRunner:
             token_ids_RL=self._inputs.token_ids_RL,
         )
         return size.result_2N
+
+
+def _are_all(values_S: np.ndarray, expected: np.ndarray | int) -> bool:
+    return bool(np.logical_and.reduce(values_S == expected))
 
 
 def graphs_for(attention: AttentionBackend) -> GraphBackend | None:

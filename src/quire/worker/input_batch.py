@@ -236,9 +236,15 @@ def joined_updates(updates: Sequence[TableUpdate], num_columns: int) -> np.ndarr
     """One int32 [3, U] (rows, columns, blocks) of several updates, of which later ones win."""
     if not updates:
         return np.zeros((3, 0), dtype=np.int32)
-    joined_3U = np.concatenate([np.stack((u.rows, u.columns, u.blocks)) for u in updates], axis=1).astype(np.int32)
+    joined_3U = np.empty((3, sum(len(update.rows) for update in updates)), dtype=np.int32)
+    end = 0
+    for update in updates:
+        begin, end = end, end + len(update.rows)
+        for i, column in enumerate((update.rows, update.columns, update.blocks)):
+            joined_3U[i, begin:end] = column
     places_U = joined_3U[0].astype(np.int64) * num_columns + joined_3U[1]
-    _, from_behind = np.unique(places_U[::-1], return_index=True)
-    if len(from_behind) == len(places_U):
+    in_order_U = np.sort(places_U)
+    if not np.count_nonzero(in_order_U[1:] == in_order_U[:-1]):
         return joined_3U
+    _, from_behind = np.unique(places_U[::-1], return_index=True)
     return np.ascontiguousarray(joined_3U[:, np.sort(len(places_U) - 1 - from_behind)])

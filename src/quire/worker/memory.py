@@ -72,7 +72,8 @@ def activation_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dtyp
 
     A token has, at the widest place of a layer, residual and hidden state, the joint gate and up projections and their
     product (or q, k, v and o); a sample has its logits in fp32 about four times over in the sampler. CUDA graphs have a pool of
-    their own for what flows between layers, as large as the largest of them needs.
+    their own for what flows between layers, as large as the largest of them needs. Attention on a GPU keeps partial results in
+    fp32: for each multiprocessor at most 4 pieces of 256 rows in each of 2 places.
     """
     mlp = 3 * model.intermediate_size
     attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
@@ -80,4 +81,9 @@ def activation_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dtyp
     num_tokens = config.step_token_budget(device.type)
     samples = min(config.max_num_seqs, num_tokens)
     copies = 2 if device.type == "cuda" and not config.enforce_eager else 1
-    return copies * num_tokens * per_token + samples * model.vocab_size * 4 * 4
+    partial = 0
+    if device.type == "cuda":
+        partial = (
+            torch.cuda.get_device_properties(device).multi_processor_count * 4 * 2 * 256 * (model.head_dim + 1) * 4
+        )
+    return copies * num_tokens * per_token + samples * model.vocab_size * 4 * 4 + partial

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from quire.worker.graph_runner import GraphRunner
 
 
+_NO_TOKENS = np.zeros(0, dtype=np.int32)
+
+
 class Way(Enum):
     """How a step runs: graphs are for decoding or for mixed steps (see `graph_runner`)."""
 
@@ -72,6 +75,7 @@ class ModelRunner:
         self.graphs: GraphRunner | None = None  # where the device can capture them
         self.way = Way.EAGER  # of the last step that had something to run
         self._forwarded: _Forwarded | None = None
+        self._marks: list[torch.cuda.Event] = []  # made for steps that have come back
 
     @torch.inference_mode()
     def forward(self, step: SchedulerOutput) -> None:
@@ -164,12 +168,11 @@ class ModelRunner:
         """`sample` in two parts: what is returned waits for this step's tokens, and no later step's, and gives the result."""
         forwarded, self._forwarded = self._forwarded, None
         assert forwarded is not None, "sample without forward"
-        transfers = [transfer.transfer_id for transfer in (*step.swap_out, *step.swap_in)]
         result = StepOutput(
             step.step_id,
-            np.zeros(0, dtype=np.int32),
-            prompt_logprobs=dict(forwarded.prompt_logprobs),
-            finished_transfers=transfers,
+            _NO_TOKENS,
+            prompt_logprobs=forwarded.prompt_logprobs,
+            finished_transfers=[transfer.transfer_id for transfer in (*step.swap_out, *step.swap_in)],
             transfer_s=forwarded.transfer_s,
         )
         transfers_end = self.store.transfers_launched()
@@ -190,7 +193,8 @@ class ModelRunner:
         def finish() -> StepOutput:
             if drawn is not None:
                 result.token_ids = drawn.host_token_ids
-                result.errors = dict(drawn.errors)
+                if drawn.errors:
+                    result.errors = dict(drawn.errors)
                 if drawn.logprobs is not None:
                     result.logprobs = {i: row for i, row in enumerate(drawn.logprobs) if row is not None}
             if ended is not None and forwarded.began is not None:
@@ -199,6 +203,7 @@ class ModelRunner:
                 ended.synchronize()
                 result.transfer_s = transfers_end()
                 result.elapsed_s = forwarded.began.elapsed_time(ended) / 1e3 + result.transfer_s
+                self._marks += (forwarded.began, ended)
             else:
                 result.elapsed_s = time.perf_counter() - forwarded.began_s
             return result
@@ -209,7 +214,7 @@ class ModelRunner:
         """A time on the device, where it has a clock of its own."""
         if self.inputs.device.type != "cuda":
             return None
-        event = torch.cuda.Event(enable_timing=True)
+        event = self._marks.pop() if self._marks else torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 

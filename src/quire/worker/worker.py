@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -18,7 +18,7 @@ from quire.config import DeviceReport, EngineConfig, MemoryReport
 from quire.core.cache_group import CacheGroup
 from quire.core.memory_plan import GIB, format_bytes
 from quire.core.step import SchedulerOutput, StepOutput
-from quire.errors import ConfigError
+from quire.errors import CapacityError, ConfigError
 from quire.kernels import select_kernels
 from quire.layers.context import BuildContext
 from quire.model_config import ModelConfig
@@ -30,6 +30,9 @@ from quire.worker.input_batch import InputBatch, PackedInputBatch
 from quire.worker.kv_store import KVStore
 from quire.worker.model_runner import ModelRunner
 from quire.worker.weights import load_weights, resolve_dtype
+
+if TYPE_CHECKING:
+    from quire.worker.graph_runner import GraphRunner
 
 logger = logging.getLogger(__name__)
 
@@ -145,15 +148,34 @@ class Worker:
                     self._model, backend, inputs, sampling, store, self._model.attention_specs, self._dtype,
                     max_num_tokens=config.step_token_budget(self._device.type),
                 )  # fmt: skip
-                began_s = time.perf_counter()
-                self._runner.graphs.capture_all()
-                logger.info(
-                    "captured %d graphs in %.1f s; torch holds %s, %s of it in use",
-                    self._runner.graphs.num_captures,
-                    time.perf_counter() - began_s,
-                    format_bytes(torch.cuda.memory_reserved(self._device)),
-                    format_bytes(torch.cuda.memory_allocated(self._device)),
-                )
+                self._prepare(self._runner.graphs)
+
+    def _prepare(self, graphs: GraphRunner) -> None:
+        """Compiles and captures. The largest size is a step of all tokens that there may be: so the memory plan is verified.
+
+        Raises CapacityError where the device has no memory for that.
+        """
+        began_s, held = time.perf_counter(), torch.cuda.memory_allocated(self._device)
+        try:
+            graphs.compile_ahead()
+            compiled_s = time.perf_counter()
+            graphs.capture_all()
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                "no memory for the largest step beside weights and KV cache: lower gpu_memory_utilization, "
+                "max_num_batched_tokens or max_num_seqs, or free memory of the device"
+            ) from error
+        planned = memory.activation_bytes(self._model_config, self._config, self._dtype, self._device)
+        taken = torch.cuda.memory_reserved(self._device) - held
+        logger.info(
+            "compiled kernels in %.1f s, captured %d graphs in %.1f s; steps take %s beside weights and KV cache",
+            compiled_s - began_s,
+            graphs.num_captures,
+            time.perf_counter() - compiled_s,
+            format_bytes(taken),
+        )
+        if taken > planned:
+            logger.warning("steps take %s, and %s were planned", format_bytes(taken), format_bytes(planned))
 
     @property
     def runner(self) -> ModelRunner:
