@@ -11,6 +11,7 @@ Shape legend: B = blocks, G = layers of a cache group, H = KV heads, S = slots o
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,6 +22,7 @@ from quire.core.cache_group import CacheGroup
 from quire.core.step import Transfer
 from quire.errors import CapacityError
 from quire.kernels import Kernels
+from quire.worker.host_memory import CudaDriver, PinnedLater
 
 
 class KVStore:
@@ -40,13 +42,15 @@ class KVStore:
         shape = (len(spec.layers), 2, spec.num_kv_heads, block_size, spec.head_size)
         try:
             self.blocks_BG2HSD = torch.empty((num_blocks + 1, *shape), dtype=dtype, device=device)
-            self.host_BG2HSD = torch.empty((num_host_blocks + 1, *shape), dtype=dtype, pin_memory=device.type == "cuda")
+            self.host_BG2HSD = torch.empty((num_host_blocks + 1, *shape), dtype=dtype)
         except RuntimeError as error:
             raise CapacityError(
                 f"no memory for {num_blocks} KV blocks on {device} and {num_host_blocks} on the host: lower "
                 f"gpu_memory_utilization, num_gpu_blocks_override or swap_space"
             ) from error
+        self._device = device
         self._kernels = kernels
+        self._pinned: PinnedLater | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._transfers_began: torch.cuda.Event | None = None
         # layer -> its view [B, 2, H, S, D] and its cache group
@@ -56,6 +60,12 @@ class KVStore:
             for i, layer in enumerate(group.layers):
                 self.layers[layer] = self.blocks_BG2HSD[:, i]
                 self.group_of_layer[layer] = g
+
+    def pin_host_memory(self) -> None:
+        """Begins to, where there is a GPU; until it is done, transfers keep the host waiting."""
+        if self._device.type == "cuda" and len(self.host_BG2HSD) > 1:
+            self._pinned = PinnedLater(self.host_BG2HSD, CudaDriver(self._device))
+            weakref.finalize(self, self._pinned.close)
 
     def copy(self, pairs: np.ndarray) -> None:
         """Copies blocks on the device; `pairs` [n, 2] are (source, target), and no block is both."""

@@ -149,6 +149,7 @@ class Worker:
                     max_num_tokens=config.step_token_budget(self._device.type),
                 )  # fmt: skip
                 self._prepare(self._runner.graphs)
+        store.pin_host_memory()
 
     def _prepare(self, graphs: GraphRunner) -> None:
         """Compiles and captures. The largest size is a step of all tokens that there may be: so the memory plan is verified.
