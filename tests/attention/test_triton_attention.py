@@ -23,14 +23,8 @@ import triton
 from test_attention_backends import Case, make_case, make_spec
 
 from quire.attention import AttentionBatch, AttentionSpec, select_backend
-from quire.attention.triton import (
-    COSTS,
-    LayerKind,
-    TritonBackend,
-    choose_tile,
-    layer_kind,
-    list_work,
-)
+from quire.attention.triton import TritonBackend
+from quire.attention.work_list import COSTS, LayerKind, choose_tile, layer_kind, list_work
 from quire.errors import ConfigError
 from quire.kernels.torch_ops import TorchKernels
 from quire.kernels.triton import attention as kernels

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quire.attention import AttentionSpec
-from quire.attention.triton import COSTS, choose_tile, layer_kind, list_one, list_work
+from quire.attention.work_list import COSTS, choose_tile, layer_kind, list_one, list_work
 from quire.sampling.transfer import Inbox, Outbox, ToHost
 
 

@@ -1,13 +1,4 @@
-"""The GPU backend: plans a step's attention as lists of work of even size, and runs Triton kernels over them.
-
-A *tile* is some query tokens of one sequence, with all query heads of a group; its keys are cut into *pieces*, as many as keep
-all multiprocessors busy to the end; a tile and a piece are an *item*, the work of one program for each key/value head. Tiles
-come in two kinds: low ones of 16 rows for decoding (with 4 query heads for each key/value head: up to 4 tokens), and high ones
-of 64 or 128 for everything longer, which on Hopper GPUs a kernel in Gluon computes where it can (`quire.kernels.gluon`). All
-of it is NumPy on lengths that the host knows, sent in one copy.
-
-Example, 4 query heads for each key/value head, 132 multiprocessors: a sequence of 32,768 keys decodes. One tile, of one token:
-its keys are cut into 50 pieces of 704 tokens, or so, which with 8 key/value heads are 400 programs.
+"""The GPU backend: a step's attention as lists of work on the device (`work_list`), sent in one copy, and kernels over them.
 
 Graphs: `buffers` makes a place of fixed address for steps that decode only, `mixed_buffers` for any step of up to so many
 tokens; `plan(batch, buffers)` fills it, and `run` then launches a grid that depends on the buffers alone. Capture once after
@@ -15,12 +6,11 @@ such a plan; before each replay, plan into the same buffers again, with the batc
 captured (see `StepBuffers`).
 
 Does not know how the kernels compute (`quire.kernels.triton.attention`), nor models. Letters of shapes: as in
-`quire.attention.base`; I items, E entries (in the planning: tiles), C candidates for a piece's size.
+`quire.attention.base`; I items, E entries to merge.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -29,6 +19,17 @@ import torch
 from torch import Tensor
 
 from quire.attention.base import AttentionBackend, AttentionBatch, AttentionSpec, Plan
+from quire.attention.work_list import (
+    COSTS,
+    KINDS,
+    MAX_WAVES,
+    LayerKind,
+    WorkList,
+    choose_tile,
+    layer_kind,
+    list_one,
+    list_work,
+)
 from quire.errors import ConfigError
 from quire.kernels import Kernels, gluon
 from quire.kernels.triton.attention import (
@@ -38,239 +39,15 @@ from quire.kernels.triton.attention import (
     attend,
     merge,
     merges_itself,
-    split_head_size,
 )
 
-KINDS = ("low", "high")
 HEADER = 64
 """int32 words before the items: for each kind, 32 words apart, the count of items, two zeros (`Launch.drawn_2`) and, at word
 16, the count of entries to merge."""
-MAX_WAVES = 4
-"""Pieces are cut so that programs are at most so many times what the multiprocessors hold at once, and one a tile more."""
 MIXED_WAVES = 2
-"""The same in graphs of mixed steps: their grids have room for the most pieces that there may be, mostly for nothing."""
+"""What MAX_WAVES is, in graphs of mixed steps, whose grids have room for the most pieces that there may be, mostly for
+nothing."""
 MERGE_PROGRAMS_PER_SM = 16
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """What a layer's work list depends on: layers of one kind share it."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    window: int | None
-    causal: bool
-    dtype: torch.dtype
-    """What products are computed in: the common type of queries and cache, else fp32."""
-
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
-
-@dataclass(frozen=True)
-class Costs:
-    """How long a kind of item takes, in the time that one key of a program takes where all multiprocessors are full."""
-
-    per_item: float
-    """A program's begin and end."""
-    merging: float
-    """Once, where anything is cut: the second kernel's launch, or the last program's reading of the others' results."""
-    alone: float
-    """The part of an item's time that does not shrink when it shares its multiprocessor with fewer others."""
-    min_piece: int
-
-
-COSTS = {"low": Costs(44, 40, 0.28, 128), "high": Costs(64, 60, 0.6, 256)}
-
-_PARTS = np.arange(1, 5)
-_PIECES = [2**i for i in range(7, 15)] + [3 * 2**i for i in range(6, 13)]
-_PIECES_C = np.array([0.0] * len(_PARTS) + _PIECES + [0.0])
-"""Sizes of a piece to choose from; first come parts of what is even, last the longest."""
-
-
-def choose_tile(kind: str, layer: LayerKind, max_query_len: int) -> Tile:
-    """The tile for items of `kind`; max_query_len is that of the sequences which get it."""
-    size = sum(split_head_size(layer.head_size))
-    least = 1 << (layer.group - 1).bit_length()  # rows of one token
-    if layer.dtype == torch.float32:  # ieee products on ordinary units: for tests and small models
-        rows = max(16, least) if kind == "low" else max(32, least)
-        return Tile(rows, 32 if size <= 128 else 16, 4, 2, 2, 1 if kind == "low" else 16)
-    if kind == "low":
-        rows = max(16, least)
-        keys = min(128, 8192 >> (size - 1).bit_length())  # 16 KB of keys
-        return Tile(rows, keys, 4, 3, 3 if rows == 16 else 2)
-    if size > 128:
-        return Tile(max(least, 64 if max_query_len * layer.group <= 64 else 128), 64, 8, 2, 1, 64)
-    if max_query_len * layer.group <= 64:
-        return Tile(max(least, 64), 64, 4, 2, 2, 64)
-    if max_query_len <= 1024:  # many short triangles: small tiles waste less of them
-        return Tile(max(least, 128), 32, 4, 3, 2, 64)
-    return Tile(max(least, 256), 64, 8, 2, 1, 32)
-
-
-def choose_piece(
-    lengths_E: np.ndarray, tile: Tile, costs: Costs, num_kv_heads: int, num_sms: int, max_waves: int = MAX_WAVES
-) -> int:
-    """How many keys a piece has, of tiles with so many: the cut for which all programs together should end soonest.
-
-    The model: a multiprocessor with c of its p places filled takes alone + (1 - alone) c / p of the time that it takes full.
-    All are full but in the last wave; cutting finer shortens that, and costs more beginnings.
-    """
-    total, longest = int(np.add.reduce(lengths_E)), int(np.maximum.reduce(lengths_E))
-    places = num_sms * tile.per_sm
-    programs = len(lengths_E) * num_kv_heads
-    if programs >= 3 * places and longest * places <= total * num_kv_heads:
-        return longest  # many short tiles: the longest start first, and the short ones fill the end
-    evenly = total * num_kv_heads / places  # keys of each place
-    least = max(costs.min_piece, evenly / max_waves)
-    candidates_C = _PIECES_C.copy()
-    candidates_C[:4] = evenly / _PARTS
-    candidates_C[-1] = longest
-    np.minimum(np.maximum(candidates_C, least, out=candidates_C), max(longest, least), out=candidates_C)
-    candidates_C = np.ceil(candidates_C / tile.num_keys) * tile.num_keys
-    pieces_C = np.add.reduce(np.ceil(lengths_E / candidates_C[:, None]), 1)
-    programs_C = pieces_C * num_kv_heads
-    last_C = (programs_C - 1) % places + 1  # programs in the last wave
-    busiest_C = costs.alone + (1 - costs.alone) * np.ceil(last_C / num_sms) / tile.per_sm
-    cost_C = evenly + programs_C / places * costs.per_item + candidates_C * (busiest_C - last_C / places)
-    cost_C += np.where(pieces_C > len(lengths_E), costs.merging, 0)
-    return int(candidates_C[cost_C.argmin()])
-
-
-@dataclass(frozen=True)
-class WorkList:
-    """The items of one kind, longest first, and which of their partial results belong together."""
-
-    tile: Tile
-    items_I8: np.ndarray
-    merges_E4: np.ndarray
-    num_slots: int
-    partial_rows: int
-    """Rows of a partial result that may be filled."""
-
-
-def list_one(
-    start: int,
-    seq_len: int,
-    layer: LayerKind,
-    tile: Tile,
-    costs: Costs,
-    num_sms: int,
-    piece: int | None = None,
-    max_waves: int = MAX_WAVES,
-) -> WorkList:
-    """`list_work` of the first sequence alone, which decodes the token at `start`: the same list in a third of the time, since
-    arrays of a few numbers take longer than the numbers. Without a batch to fill them, steps are as short as their planning."""
-    begin = 0 if layer.window is None else max(0, seq_len - layer.window)
-    length = seq_len - begin
-    piece = piece or _choose_piece_of_one(length, tile, costs, layer.num_kv_heads, num_sms, max_waves)
-    size = -(-length // (-(-length // piece) * tile.num_keys)) * tile.num_keys
-    pieces = -(-length // size)
-    if pieces == 1:
-        items_I8 = np.array([[0, start, 1, seq_len - 1, begin, seq_len, -1, -1]], dtype=np.int32)
-        return WorkList(tile, items_I8, _NO_MERGES, 0, layer.group)
-    items = [
-        (0, start, 1, seq_len - 1, at, min(at + size, seq_len), i, 0)
-        for i, at in enumerate(range(begin, seq_len, size))
-    ]
-    merges_E4 = np.array([[start, 1, 0, pieces]], dtype=np.int32)
-    return WorkList(tile, np.array(items, dtype=np.int32), merges_E4, pieces, layer.group)
-
-
-def _choose_piece_of_one(length: int, tile: Tile, costs: Costs, num_kv_heads: int, num_sms: int, max_waves: int) -> int:
-    """`choose_piece` of one tile, by the same sums in the same order, so that rounding chooses no other."""
-    places = num_sms * tile.per_sm
-    if num_kv_heads >= 3 * places:
-        return length
-    evenly = length * num_kv_heads / places
-    least = max(costs.min_piece, evenly / max_waves)
-    most = max(length, least)
-    best, least_cost = 0, math.inf
-    seen = set()
-    for wanted in (evenly, evenly / 2, evenly / 3, evenly / 4, *_PIECES, length):
-        clipped = least if wanted < least else most if wanted > most else wanted
-        if clipped in seen:
-            continue
-        seen.add(clipped)
-        candidate = math.ceil(clipped / tile.num_keys) * tile.num_keys
-        pieces = math.ceil(length / candidate)
-        programs = pieces * num_kv_heads
-        last = (programs - 1) % places + 1
-        busiest = costs.alone + (1 - costs.alone) * math.ceil(last / num_sms) / tile.per_sm
-        cost = evenly + programs / places * costs.per_item + candidate * (busiest - last / places)
-        cost += costs.merging if pieces > 1 else 0
-        if cost < least_cost:
-            best, least_cost = candidate, cost
-    return best
-
-
-_NO_MERGES = np.zeros((0, MERGE_FIELDS), dtype=np.int32)
-
-
-def list_work(
-    sequences_S: np.ndarray,
-    starts_S: np.ndarray,
-    query_lens_S: np.ndarray,
-    seq_lens_S: np.ndarray,
-    layer: LayerKind,
-    tile: Tile,
-    costs: Costs,
-    num_sms: int,
-    piece: int | None = None,
-    max_waves: int = MAX_WAVES,
-) -> WorkList:
-    """The work of some sequences (rows of the block table), whose query tokens begin at `starts`; none empty."""
-    tokens = tile.num_rows // layer.group
-    if np.maximum.reduce(query_lens_S) <= tokens:  # a tile each, as all that decode have
-        sequences_E, firsts_E, tokens_E, seq_lens_E = sequences_S, starts_S, query_lens_S, seq_lens_S
-        positions_E = seq_lens_S - query_lens_S
-    else:
-        tiles_S = -(-query_lens_S // tokens)
-        of_E = np.repeat(np.arange(len(sequences_S)), tiles_S)
-        skipped_E = (np.arange(len(of_E)) - np.repeat(np.cumsum(tiles_S) - tiles_S, tiles_S)) * tokens
-        sequences_E, firsts_E, seq_lens_E = sequences_S[of_E], starts_S[of_E] + skipped_E, seq_lens_S[of_E]
-        tokens_E = np.minimum(tokens, query_lens_S[of_E] - skipped_E)
-        positions_E = (seq_lens_S - query_lens_S)[of_E] + skipped_E
-    ends_E = positions_E + tokens_E if layer.causal else seq_lens_E
-    begins_E, lengths_E = 0, ends_E
-    if layer.window is not None:
-        begins_E = np.maximum(0, positions_E - layer.window + 1)
-        lengths_E = ends_E - begins_E
-
-    piece = piece or choose_piece(lengths_E, tile, costs, layer.num_kv_heads, num_sms, max_waves)
-    pieces_E = -(-lengths_E // piece)
-    # even ones, no longer than `piece` if that is a multiple
-    sizes_E = -(-lengths_E // (pieces_E * tile.num_keys)) * tile.num_keys
-    pieces_E = -(-lengths_E // sizes_E)
-    cut_E = pieces_E > 1
-
-    tiles_E8 = np.empty((len(lengths_E), ITEM_FIELDS), dtype=np.int32)
-    for i, field_E in enumerate((sequences_E, firsts_E, tokens_E, positions_E, begins_E, ends_E, -1, -1)):
-        tiles_E8[:, i] = field_E
-    items_I8, merges_E4, num_slots = tiles_E8, _NO_MERGES, 0
-    if np.logical_or.reduce(cut_E):
-        slots_E = pieces_E * cut_E
-        ends_of_slots_E = np.add.accumulate(slots_E)
-        num_slots = int(ends_of_slots_E[-1])
-        first_slots_E = ends_of_slots_E - slots_E
-        tiles_E8[:, 6] = np.where(cut_E, first_slots_E, -1)
-        tiles_E8[:, 7] = np.add.accumulate(cut_E) - 1  # means nothing where slot is -1
-        items_I8 = tiles_E8.repeat(pieces_E, 0)
-        which_I = np.arange(len(items_I8)) - (np.add.accumulate(pieces_E) - pieces_E).repeat(pieces_E)
-        sizes_I = sizes_E.repeat(pieces_E)
-        items_I8[:, 4] += which_I * sizes_I
-        items_I8[:, 5] = np.minimum(items_I8[:, 5], items_I8[:, 4] + sizes_I)
-        items_I8[:, 6] += which_I
-        merges_E4 = np.empty((len(cut_E), MERGE_FIELDS), dtype=np.int32)
-        for i, field_E in enumerate((firsts_E, tokens_E, first_slots_E, pieces_E)):
-            merges_E4[:, i] = field_E
-        merges_E4 = merges_E4[cut_E]
-    if len(items_I8) > 1:
-        items_I8 = items_I8[(items_I8[:, 4] - items_I8[:, 5]).argsort(kind="stable")]
-    rows = int(np.maximum.reduce(tokens_E)) * layer.group
-    return WorkList(tile, items_I8, merges_E4, num_slots, rows)
 
 
 @dataclass(frozen=True)
@@ -635,10 +412,3 @@ class TritonBackend(AttentionBackend):
         """In pinned memory where that exists: torch gives it to nobody else until the copy is done."""
         staged = torch.from_numpy(words)
         return staged.pin_memory() if self._device.type == "cuda" else staged
-
-
-def layer_kind(spec: AttentionSpec, dtype: torch.dtype) -> LayerKind:
-    same = dtype == spec.kv_dtype
-    return LayerKind(
-        spec.num_heads, spec.num_kv_heads, spec.head_size, spec.window, spec.causal, dtype if same else torch.float32
-    )

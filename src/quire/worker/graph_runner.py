@@ -48,7 +48,7 @@ from quire.worker.kv_store import KVStore
 
 LARGEST = 512  # entries: beyond, launching takes less time than the layers do
 MIXED_LARGEST = 8192  # tokens
-LONG = 1024  # tokens of a query: see `attention.triton.choose_tile`
+LONG = 1024  # tokens of a query: see `attention.work_list.choose_tile`
 _IN_GRAPH = int(Use.RANDOM | Use.TEMPERATURE | Use.TRUNCATE | Use.NUCLEUS)
 _TRUNCATE = int(Use.TRUNCATE)
 

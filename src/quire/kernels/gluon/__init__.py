@@ -1,7 +1,7 @@
 """Kernels in Gluon, for Hopper alone: what their callers need to know before they load them, and with them the compiler's
 experimental part (`quire.kernels.gluon.attention`).
 
-Does not know how work is planned (`quire.attention.triton`).
+Does not know how work is planned (`quire.attention.work_list`).
 """
 
 from dataclasses import dataclass

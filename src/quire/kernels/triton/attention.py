@@ -8,7 +8,7 @@ programs ends last, while others still run; high tiles' by a second kernel, `mer
 `TorchKernels.attention`. Nothing takes a length from the host: counts lie on the device, so that a captured graph can be
 replayed over other work.
 
-It does not know how work is divided (`quire.attention.triton`), what a spec is, or what a step is.
+It does not know how work is divided (`quire.attention.work_list`), what a spec is, or what a step is.
 
 Letters of shapes: as in `quire.kernels`; I items, E entries to merge, P slots of partial results, R rows of a tile.
 """
