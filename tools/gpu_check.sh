@@ -1,6 +1,6 @@
 #!/bin/sh
 # On a machine with a GPU, from the repository's root: the GPU tests of kernels and engine, then time per decoded token with
-# graphs and without. About two minutes, all steps under a time limit. Logs go to $OUT (default /tmp).
+# graphs and without. About five minutes, all steps under a time limit. Logs go to $OUT (default /tmp).
 #
 # The golden answers are needed beside the repository, at ../shared/data/models/stories260K; a copy that was carried along in
 # .pocket/stories260K is put there.
@@ -11,18 +11,23 @@ if [ -d .pocket/stories260K ] && [ ! -d ../shared/data/models/stories260K ]; the
     mkdir -p ../shared/data/models && cp -r .pocket/stories260K ../shared/data/models/
 fi
 
-run_tests() { # name, files
+run_tests() { # name, tests
     name=$1
     shift
-    timeout -s INT 85 python3 -m pytest -q -m gpu --tb=short --maxfail=8 -o filterwarnings=default -p no:cacheprovider \
+    timeout -s INT 200 python3 -m pytest -q -m gpu --tb=short --maxfail=8 -o filterwarnings=default -p no:cacheprovider \
         --durations=3 "$@" >"$OUT/$name.log" 2>&1
 }
-run_tests kernels tests/kernels/test_triton.py &
-run_tests engine tests/engine/test_gpu.py &
+# The most of it is compiling, so processes share the tests of one file.
+run_tests kernels tests/kernels &
+run_tests engine tests/engine/test_gpu.py tests/engine/test_gpu_few_tokens.py tests/worker/test_host_memory.py &
+run_tests logits tests/engine/test_bf16_logits.py &
+run_tests triton tests/attention/test_triton_attention.py &
+run_tests gluon tests/attention/test_gluon_attention.py -k "float64 or random" &
+run_tests gluon-rest tests/attention/test_gluon_attention.py -k "not float64 and not random" &
 wait
-for name in kernels engine; do
+for name in kernels engine logits triton gluon gluon-rest; do
     echo "== $name"
-    tail -n 45 "$OUT/$name.log" | cut -c1-180
+    tail -n 12 "$OUT/$name.log" | cut -c1-180
 done
 
 for shape in qwen3-0.6b llama-3.1-8b; do
