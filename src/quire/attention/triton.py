@@ -23,6 +23,7 @@ from quire.attention.work_list import (
     COSTS,
     KINDS,
     MAX_WAVES,
+    MUCH_SHARED_BYTES,
     LayerKind,
     WorkList,
     choose_tile,
@@ -174,6 +175,10 @@ class TritonBackend(AttentionBackend):
         if num_sms is None:
             num_sms = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._num_sms = num_sms
+        self._little_memory = (
+            self._device.type == "cuda"
+            and torch.cuda.get_device_properties(self._device).shared_memory_per_block_optin < MUCH_SHARED_BYTES
+        )
         self._tiles = dict(tiles or {})
         self._gluon = gluon.available(self._device)
         self._piece = piece
@@ -356,7 +361,7 @@ class TritonBackend(AttentionBackend):
             heads = (layer.num_heads, layer.num_kv_heads, layer.head_size)
             if long and self._gluon and gluon.supports(*heads, layer.dtype):
                 return gluon.choose_tile(max_query_len, layer.window)
-            return choose_tile(kind, layer, max_query_len)
+            return choose_tile(kind, layer, max_query_len, little_memory=self._little_memory)
         return replace(tile, num_rows=max(tile.num_rows, 1 << (layer.group - 1).bit_length()))
 
     def _launches(self, plan: TritonPlan, layer: LayerKind) -> list[Launch]:

@@ -24,6 +24,8 @@ from quire.attention.base import AttentionSpec
 from quire.kernels.triton.attention import ITEM_FIELDS, MERGE_FIELDS, Tile, split_head_size
 
 KINDS = ("low", "high")
+MUCH_SHARED_BYTES = 150_000
+"""That a program may have: what the largest tiles take."""
 MAX_WAVES = 4
 """Pieces are cut so that programs are at most so many times what the multiprocessors hold at once, and one a tile more."""
 
@@ -73,8 +75,9 @@ _PIECES_C = np.array([0.0] * len(_PARTS) + _PIECES + [0.0])
 """Sizes of a piece to choose from; first come parts of what is even, last the longest."""
 
 
-def choose_tile(kind: str, layer: LayerKind, max_query_len: int) -> Tile:
-    """The tile for items of `kind`; max_query_len is that of the sequences which get it."""
+def choose_tile(kind: str, layer: LayerKind, max_query_len: int, *, little_memory: bool = False) -> Tile:
+    """The tile for items of `kind`; max_query_len is that of the sequences which get it. little_memory: less shared memory
+    than MUCH_SHARED_BYTES, as on compute capabilities 8.6, 8.9 and 12."""
     size = sum(split_head_size(layer.head_size))
     least = 1 << (layer.group - 1).bit_length()  # rows of one token
     if layer.dtype == torch.float32:  # ieee products on ordinary units: for tests and small models
@@ -84,11 +87,13 @@ def choose_tile(kind: str, layer: LayerKind, max_query_len: int) -> Tile:
         rows = max(16, least)
         keys = min(128, 8192 >> (size - 1).bit_length())  # 16 KB of keys
         return Tile(rows, keys, 4, 3, 3 if rows == 16 else 2)
+    if size > 128 and little_memory:
+        return Tile(max(least, 64), 32, 4, 2, 1, 64)
     if size > 128:
         return Tile(max(least, 64 if max_query_len * layer.group <= 64 else 128), 64, 8, 2, 1, 64)
     if max_query_len * layer.group <= 64:
         return Tile(max(least, 64), 64, 4, 2, 2, 64)
-    if max_query_len <= 1024:  # many short triangles: small tiles waste less of them
+    if max_query_len <= 1024 or little_memory:  # many short triangles: small tiles waste less of them
         return Tile(max(least, 128), 32, 4, 3, 2, 64)
     return Tile(max(least, 256), 64, 8, 2, 1, 32)
 

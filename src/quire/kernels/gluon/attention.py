@@ -324,7 +324,7 @@ def _consume(
         mbarrier.arrive(k_empty.index(stage))
         score_RT = _hide(score_RT, last_start, begin, end, window, position_R, BOX, KEYS, CAUSAL, HAS_WINDOW, S_LAYOUT)
         # A row that has seen no key yet counts hidden ones; the first that it sees weighs those by 2^-huge = 0.
-        max_R = gl.full([ROWS], _HIDDEN, gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        max_R = gl.full([ROWS], _HIDDEN, gl.float32, gl.SliceLayout(1, S_LAYOUT)) * score_scale
         sum_R = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
         p_RT, max_R, sum_R, _ = _softmax(score_RT, max_R, sum_R, score_scale)
         p_RT = gl.convert_layout(_narrow(p_RT, k_tiles.dtype), P_LAYOUT)

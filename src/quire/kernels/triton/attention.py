@@ -153,7 +153,7 @@ def _attend(
             q_ptr + q_row_R[:, None] + high_D[None, :], mask=valid_R[:, None] & (high_D < HEAD_SIZE)[None, :], other=0.0
         ).to(DOT_TYPE)
         acc_high_RD = tl.zeros([ROWS, D_HIGH], dtype=tl.float32)
-    max_R = tl.full([ROWS], HIDDEN, dtype=tl.float32)
+    max_R = tl.full([ROWS], HIDDEN, dtype=tl.float32) * score_scale
     sum_R = tl.zeros([ROWS], dtype=tl.float32)
 
     # Everything before unmasked_end is seen by all rows, unless a window's left edge says otherwise.

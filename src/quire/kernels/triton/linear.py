@@ -93,14 +93,17 @@ def takes(
         or not _has_tma(x_TH.device.index)
     ):
         return False
-    if x_TH.stride(1) != 1 or x_TH.stride(0) % 8 or x_TH.data_ptr() % 16 or weight_OH.shape[1] % 8:
+    if x_TH.stride(1) != 1 or x_TH.stride(0) % 8 or weight_OH.shape[1] % 8 or not weight_OH.is_contiguous():
+        return False
+    if x_TH.data_ptr() % 16 or weight_OH.data_ptr() % 16:
         return False  # the copy engine wants multiples of 16 bytes
     most = 128 if silu or in_pieces or weight_OH.numel() <= SMALL else 64
     return len(x_TH) in (16, 32, 64, MAX_TOKENS) and len(x_TH) <= most and not (in_pieces and bias_O is not None)
 
 
 def _has_tma(index: int | None) -> bool:
-    return torch.cuda.get_device_capability(index)[0] >= 9
+    """And as much shared memory as the tiles take, which compute capability 12 has not."""
+    return torch.cuda.get_device_capability(index)[0] in (9, 10)
 
 
 @triton.jit
