@@ -69,9 +69,9 @@ def test_nothing_is_left_to_compile_when_graphs_are_captured(tmp_path: Path, mon
     for phase in compiled:
         method = getattr(GraphRunner, phase)
 
-        def within(runner: GraphRunner, method: Any = method, phase: str = phase) -> None:
+        def within(runner: GraphRunner, *args: Any, method: Any = method, phase: str = phase) -> None:
             phases.append(phase)
-            method(runner)
+            method(runner, *args)
             phases.pop()
 
         monkeypatch.setattr(GraphRunner, phase, within)

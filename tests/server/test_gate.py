@@ -1,14 +1,19 @@
 """Keys, limits, request ids and log lines: what every request passes."""
 
+import asyncio
+import gc
 import json
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import openai
 import pytest
+
+from quire.server.gate import Gate
 
 GO_ON = {"ignore_eos": True}
 KEYS = ("first-key", "second-key")
@@ -48,6 +53,37 @@ def test_every_route_but_health_asks_for_a_key(guarded: Any) -> None:
             assert wrong.status_code == 401, value
         for key in KEYS:
             assert http.get("/v1/models", headers=bearer(key)).status_code == 200
+
+
+def test_a_request_that_is_over_is_freed_at_once() -> None:
+    """Without waiting for the collector of cycles: what sends holds the scope, as in uvicorn."""
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.scope = {"type": "http", "method": "GET", "path": "/health", "headers": []}
+
+        async def send(self, message: Any) -> None: ...
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["state"]["send_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> Any: ...
+
+    ended: list[Any] = []
+    gate = Gate(app, keys=[], max_body_bytes=1000, on_end=ended.append)
+    cycle = Cycle()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        asyncio.run(gate(cycle.scope, receive, cycle.send))
+        gone = weakref.ref(cycle)
+        del cycle
+        assert gone() is None
+    finally:
+        if collects:
+            gc.enable()
+    assert len(ended) == 1
 
 
 def test_the_official_client_sends_its_key(guarded: Any) -> None:

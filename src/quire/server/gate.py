@@ -72,6 +72,7 @@ class Gate:
             if not record.status:
                 await error_response(error)(scope, receive, send_with_id)
         finally:
+            scope["state"].pop("send_body", None)  # its owner holds the scope: a cycle would wait for the collector
             record.elapsed_s = self._clock() - record.began_s
             self._on_end(record)
 

@@ -4,16 +4,13 @@ A launch compiles its kernel if the cache on disk has none: a fifth of a second 
 forty. Most of that time is spent outside Python's lock. Knows Triton's launches, not what is launched.
 """
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-MAX_THREADS = 16
-
 
 @contextmanager
-def compiling_ahead() -> Iterator[None]:
+def compiling_ahead(num_threads: int) -> Iterator[None]:
     """Within, launching a Triton kernel runs nothing, and only asks for its compilation; on leaving, all are compiled.
 
     What does not compile raises when it is launched. In Triton's interpreter, and where Triton compiles in one thread alone
@@ -30,7 +27,7 @@ def compiling_ahead() -> Iterator[None]:
     def compile_only(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         return run(self, *args, **(kwargs | {"warmup": True}))
 
-    threads = ThreadPoolExecutor(max(1, min(MAX_THREADS, os.cpu_count() or 1)))
+    threads = ThreadPoolExecutor(num_threads)
     JITFunction.run = compile_only
     try:
         with AsyncCompileMode(threads, ignore_errors=True):

@@ -352,8 +352,8 @@ class GraphRunner:
                 self._capture_draw(size, False)
 
     @torch.inference_mode()
-    def compile_ahead(self) -> None:
-        """Compiles all kernels that there are graphs of, those that `capture_all` leaves out too, on all cores at once.
+    def compile_ahead(self, num_threads: int = 1) -> None:
+        """Compiles all kernels that there are graphs of, those that `capture_all` leaves out too, so many at once.
 
         Goes through the layers for each number of tokens that kernels differ in, without running the kernels.
         """
@@ -366,7 +366,7 @@ class GraphRunner:
         def first_of(sizes: list[int], beyond: int) -> list[int]:
             return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] <= beyond]
 
-        with compiling_ahead():
+        with compiling_ahead(num_threads):
             for num_entries in first_of(self.sizes, linear.MAX_TOKENS):
                 size = self._size(num_entries)
                 size.hidden_NH = self._layers(size, plans_of(size))

@@ -47,6 +47,7 @@ class CudaDriver:
 
     def unregister(self, address: int) -> None:
         with torch.cuda.device(self._device):
+            torch.cuda.synchronize()  # copies that a shutdown left under way
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 
 
@@ -96,7 +97,7 @@ class PinnedLater:
         self._thread.join()
 
     def close(self) -> None:
-        """No copy may be under way."""
+        """Nobody may begin a copy any more."""
         self._closing.set()
         self._thread.join()
         if self.is_pinned:

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 # Kernels that an attention backend asks for; others take what is fastest on the device.
 KERNELS: Mapping[str, Literal["torch", "triton"]] = {"reference": "torch", "triton": "triton"}
+MAX_COMPILING = 16  # threads: there are some forty kernels, and a part of each compilation is Python
 SMALL_MODEL_BYTES = 16 << 20  # read from a core's own caches: a step of it takes about as long as a few barriers
 
 
@@ -158,7 +159,7 @@ class Worker:
         """
         began_s, held = time.perf_counter(), torch.cuda.memory_allocated(self._device)
         try:
-            graphs.compile_ahead()
+            graphs.compile_ahead(min(_num_cores(), MAX_COMPILING))
             compiled_s = time.perf_counter()
             graphs.capture_all()
         except torch.OutOfMemoryError as error:
