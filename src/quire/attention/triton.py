@@ -289,7 +289,6 @@ class TritonBackend(AttentionBackend):
                     q_TND, kv_B2KSD, plan.batch.block_tables_SB, o_TND, launch.items_I8, launch.num_items_1, launch.grid_items,
                     launch.merges_E4, launch.arrivals_EK,
                     partial_o, partial_lse, launch.partial_rows, launch.tile,
-                    max_waiting=self._num_sms if q_TND.is_cuda else 0,  # of the several times as many that the device holds
                     scale=spec.scale, window=spec.window, softcap=spec.softcap, causal=spec.causal,
                 )  # fmt: skip
             if launch.max_merges and not merges_itself(launch.tile):

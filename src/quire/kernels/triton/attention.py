@@ -59,12 +59,12 @@ class Tile:
 
 @triton.jit
 def _merge_slots(
-    o_ptr, partial_o_ptr, partial_lse_ptr, first_token, num_tokens, first_slot, num_slots, kv_head, partial_rows, first_row,
+    o_ptr, partial_o_ptr, partial_lse_ptr, first_token, num_tokens, first_slot, num_slots, kv_head, partial_rows,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, FIRST: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """One program's merge of ROWS rows of an entry, SLOTS partial results at a time; elements FIRST to FIRST + D of each."""
-    row_R = first_row + tl.arange(0, ROWS)
+    """One program's merge of all rows of an entry, SLOTS partial results at a time; elements FIRST to FIRST + D of each."""
+    row_R = tl.arange(0, ROWS)
     token_R = row_R // GROUP
     valid_R = token_R < num_tokens
     column_D = FIRST + tl.arange(0, D)
@@ -100,13 +100,13 @@ def _merge_slots(
 
 # What changes from step to step is not specialised on: 1 and multiples of 16 would each be compiled anew while serving.
 @triton.jit(
-    do_not_specialize=["window", "table_stride", "partial_rows", "max_waiting"],
+    do_not_specialize=["window", "table_stride", "partial_rows"],
     do_not_specialize_on_alignment=["tables_ptr", "items_ptr", "count_ptr", "merges_ptr", "arrivals_ptr"],
 )
 def _attend(
     q_ptr, kv_ptr, tables_ptr, o_ptr, partial_o_ptr, partial_lse_ptr, items_ptr, count_ptr, merges_ptr, arrivals_ptr,
     score_scale, tanh_scale, window, q_stride_t, q_stride_n, table_stride, partial_rows,
-    max_waiting, kv_stride_b,
+    kv_stride_b,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, D_LOW: tl.constexpr, D_HIGH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD_RUN: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ALWAYS_MASK: tl.constexpr,
@@ -259,34 +259,16 @@ def _attend(
             arrivals_ptr += entry * NUM_KV_HEADS + kv_head
             # All threads' results are written before one of them counts this program in; whoever counts last sees all.
             tl.debug_barrier()
-            left = num_slots - 1 - tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
-            # Many results of few entries: the last programs take a row each, and wait for each other.
-            spread = tl.load(count_ptr + 16) * (NUM_KV_HEADS * MERGE_ROWS) <= max_waiting
-            if spread and num_slots > MERGE_SLOTS and num_slots > MERGE_ROWS:
-                if left < MERGE_ROWS:
-                    while tl.atomic_add(arrivals_ptr, 0, sem="acquire", scope="gpu") < num_slots:
-                        pass
-                    _merge_slots(
-                        o_ptr, partial_o_ptr, partial_lse_ptr, first_token, num_tokens, first_slot, num_slots, kv_head,
-                        partial_rows, left, NUM_KV_HEADS, GROUP, HEAD_SIZE, 0, D_LOW, 1, MERGE_ROWS * MERGE_SLOTS,
-                    )  # fmt: skip
-                    if D_HIGH > 0:
-                        _merge_slots(
-                            o_ptr, partial_o_ptr, partial_lse_ptr, first_token, num_tokens, first_slot, num_slots, kv_head,
-                            partial_rows, left, NUM_KV_HEADS, GROUP, HEAD_SIZE, D_LOW, D_HIGH, 1, MERGE_ROWS * MERGE_SLOTS,
-                        )  # fmt: skip
-                    if tl.atomic_add(arrivals_ptr, 1, sem="relaxed", scope="gpu") == num_slots + MERGE_ROWS - 1:
-                        tl.store(arrivals_ptr, 0)  # for the next layer
-            elif left == 0:
-                tl.store(arrivals_ptr, 0)
+            if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu") == num_slots - 1:
+                tl.store(arrivals_ptr, 0)  # for the next layer
                 _merge_slots(
                     o_ptr, partial_o_ptr, partial_lse_ptr, first_token, num_tokens, first_slot, num_slots, kv_head,
-                    partial_rows, 0, NUM_KV_HEADS, GROUP, HEAD_SIZE, 0, D_LOW, MERGE_ROWS, MERGE_SLOTS,
+                    partial_rows, NUM_KV_HEADS, GROUP, HEAD_SIZE, 0, D_LOW, MERGE_ROWS, MERGE_SLOTS,
                 )  # fmt: skip
                 if D_HIGH > 0:
                     _merge_slots(
                         o_ptr, partial_o_ptr, partial_lse_ptr, first_token, num_tokens, first_slot, num_slots, kv_head,
-                        partial_rows, 0, NUM_KV_HEADS, GROUP, HEAD_SIZE, D_LOW, D_HIGH, MERGE_ROWS, MERGE_SLOTS,
+                        partial_rows, NUM_KV_HEADS, GROUP, HEAD_SIZE, D_LOW, D_HIGH, MERGE_ROWS, MERGE_SLOTS,
                     )  # fmt: skip
 
 
@@ -371,7 +353,6 @@ def attend(
     partial_rows: int,
     tile: Tile,
     *,
-    max_waiting: int = 0,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -382,8 +363,7 @@ def attend(
     Writes o (contiguous [T, N, D]) for items of one piece. Other pieces go to partial_o, fp32 [P, K, partial_rows, D], and
     the base-2 logarithms of their sums to partial_lse, fp32 [P, K, partial_rows]; partial_rows is at least the tokens of
     such an item times N / K. Where `merges_itself(tile)`, merges_E4 (int32 [E, MERGE_FIELDS]) says what belongs together, and
-    arrivals (int32, K for each entry) are zeros, before and after; the number of entries lies 16 words after count_1. Up to
-    max_waiting programs may wait for others, so it is well below what the device holds at once.
+    arrivals (int32, K for each entry) are zeros, before and after.
 
     kv is contiguous but for its first dimension; q may be a strided view with a contiguous last dimension. q and kv of one
     type are multiplied in it and summed in fp32, of different types both are made fp32 (slow).
@@ -400,7 +380,7 @@ def attend(
     _attend[(-(-grid_items // tile.head_run) * tile.head_run * num_kv_heads,)](
         q_TND, kv_B2KSD, block_tables_SB, o_TND, partial_o, partial_lse, items_I8, count_1, merges_E4, arrivals_EK,
         (softcap if softcap else scale) * LOG2_E, 2 * LOG2_E * scale / softcap if softcap else 0.0, window or 0,
-        *q_TND.stride()[:2], block_tables_SB.stride(0), partial_rows, max_waiting, kv_B2KSD.stride(0),
+        *q_TND.stride()[:2], block_tables_SB.stride(0), partial_rows, kv_B2KSD.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, HEAD_SIZE=head_size, D_LOW=low, D_HIGH=high,
         BLOCK_SIZE=block_size, ROWS=tile.num_rows, KEYS=tile.num_keys, HEAD_RUN=tile.head_run, CAUSAL=causal,
         HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, ALWAYS_MASK=tile.num_rows < 64,
