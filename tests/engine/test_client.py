@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from quire.config import EngineConfig
-from quire.engine.client import EngineClient, Health, Mailbox
+from quire.engine.client import EngineClient, Health
 from quire.engine.codec import Report
+from quire.engine.streams import Mailbox
 from quire.errors import EngineDeadError, ModelError, RequestError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
@@ -80,7 +81,7 @@ def test_what_brings_only_tokens_comes_in_columns_and_reads_the_same(tiny_model:
         await collect(client.generate([5] * 40, SamplingParams(**params)))
         reports.clear()
         plain = await collect(client.generate([5] * 40, SamplingParams(**params), "plain"))
-        assert [row for report in reports for row in report.tokens.request_ids] == ["plain"] * 10
+        assert sum(len(report.tokens.request_ids) for report in reports) == 10
         assert sum(len(report.outputs) for report in reports) == 2  # the first and the last say more
         reports.clear()
         full = await collect(client.generate([5] * 40, SamplingParams(**params, logprobs=0), "full"))
@@ -105,7 +106,7 @@ def test_a_reader_is_woken_once_for_all_that_came(tiny_model: Path) -> None:
             client.submit(name, mailbox, [5], params)
         with pytest.raises(RequestError, match="in use"):
             client.submit("a", Mailbox(), [5], params)
-        while client._streams:
+        while client._streams.by_id:
             await asyncio.sleep(0.01)
         items = await mailbox.take()  # nobody has read until now
         outputs = [item for item in items if isinstance(item, RequestOutput)]
@@ -142,7 +143,7 @@ def test_wrong_requests_fail_alone(tiny_model: Path) -> None:
         with pytest.raises(RequestError) as caught:
             await collect(client.generate([5], SamplingParams(n=100)))
         assert caught.value.param == "n"
-        assert (await good)[-1].finished and client.is_alive
+        assert (await good)[-1].finished and client.health is Health.OK
 
     with_client(tiny_model, work)
 
@@ -167,6 +168,63 @@ def test_leaving_and_aborting(tiny_model: Path) -> None:
         counts = client.counts
         assert counts.num_running == counts.num_waiting == counts.num_sequences == 0
         assert counts.num_free_blocks + counts.num_cached_blocks == counts.num_blocks
+
+    with_client(tiny_model, work)
+
+
+def test_an_id_is_free_at_once_when_its_request_is_dropped(tiny_model: Path) -> None:
+    async def work(client: EngineClient) -> None:
+        long = SamplingParams(**GREEDY, max_tokens=240)
+        short = SamplingParams(**GREEDY, max_tokens=5, output_kind=RequestOutputKind.FINAL_ONLY)
+        for prompt in ([5], [6], [7]):  # the end of the last request of this id is told while the next one runs
+            dropped, mailbox = Mailbox(), Mailbox()
+            client.submit("same", dropped, prompt, long)
+            await dropped.take()
+            client.drop("same", dropped)
+            client.submit("same", mailbox, prompt, short)
+            (output,) = await mailbox.take()
+            assert isinstance(output, RequestOutput) and output.request_id == "same"
+            assert output.outputs[0].finish_reason == "length" and len(output.outputs[0].token_ids) == 5
+            client.drop("same", dropped)  # its own request is gone already: no other one ends
+        found = await client.explain("same")  # the last of this id
+        assert found is not None and found["request_id"] == "same" and found["num_output_tokens"] == [5]
+        assert found["summary"][0] == "Request same is finished."
+        await until_empty(client)
+
+    with_client(tiny_model, work)
+
+
+def test_ids_of_a_refused_fork_are_free_at_once(tiny_model: Path) -> None:
+    async def work(client: EngineClient) -> None:
+        params = SamplingParams(**GREEDY, max_tokens=200)
+        async with contextlib.aclosing(client.generate([5] * 40, params, "parent")) as parent:
+            await anext(parent)
+            for options in ({"client": "bob"}, {"index": 3}):
+                with pytest.raises(RequestError, match="'parent'"):  # by the id that the caller knows
+                    await client.fork("parent", branch_ids=["x", "y"], **options)
+            fork = asyncio.create_task(client.fork("parent", branch_ids=["x", "y"]))
+            await asyncio.sleep(0)
+            fork.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await fork
+            branches = await client.fork("parent", branch_ids=["x", "y"], sampling_params={"max_tokens": 5})
+            for branch in branches:
+                (completion,) = (await branch.result()).outputs
+                assert completion.finish_reason == "length" and len(completion.token_ids) == 5
+        await until_empty(client)
+
+    with_client(tiny_model, work)
+
+
+def test_closing_a_stream_ends_its_request_there_and_then(tiny_model: Path) -> None:
+    async def work(client: EngineClient) -> None:
+        params = SamplingParams(**GREEDY, max_tokens=240)
+        for _ in range(2):
+            stream = client.generate([5], params, "same")
+            await anext(stream)
+            await stream.aclose()  # and nothing is left to the garbage collector, which would come later
+            assert not await client.abort("same")
+        await until_empty(client)
 
     with_client(tiny_model, work)
 
@@ -231,13 +289,13 @@ def test_forks_that_are_refused_leave_nothing(tiny_model: Path) -> None:
             with pytest.raises(RequestError) as caught:
                 await client.fork(call.pop("request_id"), **call)
             assert caught.value.param == param, options
-            assert list(client._streams) == ["parent"] and not client._forks
+            assert list(client._streams.by_id) == ["parent"] and not client._forks
         fork = asyncio.create_task(client.fork("parent", 3))
         await asyncio.sleep(0)
         fork.cancel()
         with pytest.raises(asyncio.CancelledError):
             await fork
-        assert list(client._streams) == ["parent"] and client.is_alive
+        assert list(client._streams.by_id) == ["parent"] and client.health is Health.OK
         await parent.aclose()
         await until_empty(client)
         assert client.num_queued() == 0
@@ -281,7 +339,7 @@ def test_a_dying_engine_answers_forks_and_questions(tiny_model: Path) -> None:
             await client.fork("parent")
         with pytest.raises(EngineDeadError):
             await client.explain("parent")
-        assert not client._streams
+        assert not client._streams.by_id and not client._streams.by_key
 
     with_client(tiny_model, work)
 
@@ -298,13 +356,25 @@ def test_a_killed_engine_is_started_again_with_pauses(tiny_model: Path, caplog: 
         assert client.health is Health.DEAD
         with pytest.raises(EngineDeadError, match="try again"):
             await collect(client.generate([5], params))
-        while not client.is_alive:
+        while client.health is not Health.OK:
             await asyncio.sleep(0.01)
         assert client.num_restarts == 1
         assert len(await collect(client.generate([5], SamplingParams(**GREEDY, max_tokens=3)))) == 3
 
     with_client(tiny_model, work)
     assert "the engine has died: killed by signal 9" in caplog.text
+
+
+def test_stopping_while_the_engine_is_being_started_again(tiny_model: Path) -> None:
+    async def work(client: EngineClient) -> None:
+        killed = client.pid
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
+        while client.pid in (None, killed):
+            await asyncio.sleep(0.01)
+        assert client.health is Health.DEAD  # with_client stops it now: it must stay stopped
+
+    with_client(tiny_model, work)
 
 
 def test_stuck_is_seen_by_steps(tiny_model: Path) -> None:

@@ -1,29 +1,29 @@
 """`EngineClient`: the engine in a process of its own, with the streams of `AsyncEngine`. For one event loop.
 
-It starts the process, passes requests and their outputs, starts it again when it has died, and sees from its reports whether
-it is stuck. Does not know HTTP, nor what is in a prompt.
+    EngineClient ──> EngineChild (child.py) ══ socket ══ process.py ──> Engine
+         └─────────> Streams (streams.py) ──> the mailboxes of those who asked
+
+It passes requests and their outputs, starts the process again when it has died, and sees from its reports whether it is stuck.
+Does not know HTTP, nor what is in a prompt.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import operator
-import socket
-import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import aclosing
 from enum import Enum
 from typing import Any
 
 from quire.config import EngineConfig
 from quire.core.accounting import SlotUsage
 from quire.engine.branch import Branch
+from quire.engine.child import EngineChild
 from quire.engine.codec import (
-    HEADER_BYTES,
     Abort,
     Add,
     AskExplain,
@@ -35,37 +35,25 @@ from quire.engine.codec import (
     Explained,
     Fork,
     Forked,
-    Output,
-    Ready,
     Refusal,
     Report,
-    Start,
-    StartFailed,
     Stop,
-    ToEngine,
     Usage,
-    api_side,
-    body_length,
     encode,
 )
 from quire.engine.explain import Explanation
 from quire.engine.input import Prompt
-from quire.errors import CapacityError, ConfigError, EngineDeadError, ModelError, QuireError, RequestError, WeightsError
-from quire.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from quire.engine.streams import Mailbox, Stream, Streams
+from quire.errors import EngineDeadError, QuireError, RequestError
+from quire.outputs import CompletionOutput, RequestOutput
 from quire.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-START_ERRORS: Mapping[str, type[QuireError]] = {
-    kind.__name__: kind for kind in (ConfigError, ModelError, WeightsError, CapacityError)
-}
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0  # before a dead engine is started again; doubled each time
 STEADY_S = 60.0  # an engine that has lived so long starts with the first pause again
-END_S = 5.0  # for a process to end by itself before it is killed
+END_S, DYING_S = 5.0, 0.5  # for a process that was told to end, or has died, to be gone before it is killed
 USAGE_AGE_S, USAGE_WAIT_S = 1.0, 1.0
-# Of reports that this side has not read yet, before the engine waits for it: many steps', for they must not wait while this
-# process is busy with a burst of new requests. (The system may allow less.)
-SOCKET_BYTES = 1 << 20
 
 
 class Health(Enum):
@@ -76,68 +64,6 @@ class Health(Enum):
     STUCK = "stuck"  # it has work, and no step has come back for a long time
     DEAD = "dead"  # and about to be started again
     STOPPED = "stopped"
-
-
-class Mailbox:
-    """Where the outputs of some requests come in, in their order, and how these requests fail. One task reads it.
-
-    It is woken once for all that came at a time: a reader who falls behind finds more, and needs less time for each.
-    """
-
-    def __init__(self) -> None:
-        self._items: list[RequestOutput | Exception] = []
-        self._reader: asyncio.Future[None] | None = None
-
-    def put(self, item: RequestOutput | Exception) -> None:
-        self._items.append(item)
-        if self._reader is not None:
-            _answer(self._reader, None)
-            self._reader = None
-
-    async def take(self) -> list[RequestOutput | Exception]:
-        """All that is there; waits for something."""
-        while not self._items:
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
-        items, self._items = self._items, []
-        return items
-
-
-@dataclass(slots=True)
-class _Stream:
-    """One request's outputs on their way to a mailbox, and what came with the first of them."""
-
-    request_id: str
-    mailbox: Mailbox
-    prompt: str | None = None
-    prompt_token_ids: list[int] | None = None
-    prompt_logprobs: Any = None
-    num_cached_tokens: int | None = None
-
-    def take(self, output: Output) -> None:
-        if output.prompt_token_ids:
-            self.prompt_token_ids = output.prompt_token_ids
-        if output.prompt_logprobs:
-            self.prompt_logprobs = output.prompt_logprobs
-        if output.num_cached_tokens is not None:
-            self.num_cached_tokens = output.num_cached_tokens
-        self.tell(output.completions, output.finished, output.metrics)
-
-    def tell(
-        self, completions: list[CompletionOutput], finished: bool = False, metrics: RequestMetrics | None = None
-    ) -> None:
-        self.mailbox.put(
-            RequestOutput(  # by position: one for each token
-                self.request_id,
-                self.prompt,
-                self.prompt_token_ids,
-                self.prompt_logprobs,
-                completions,
-                finished,
-                metrics,
-                self.num_cached_tokens,
-            )
-        )
 
 
 class EngineClient:
@@ -162,20 +88,17 @@ class EngineClient:
         self._clock = clock
         self._info: EngineInfo | None = None
         self._health = Health.STARTING
-        self._streams: dict[str, _Stream] = {}
+        self._child = EngineChild()
+        self._streams = Streams()
         self._ids = itertools.count()
         self._added = 0  # requests sent to the present process
         self._progress_s = 0.0  # of the last step, or of the request that ended its idleness
-        self._forks: dict[str, asyncio.Future[Refusal | None]] = {}  # not answered yet, by their first branch
+        self._forks: dict[str, asyncio.Future[Refusal | None]] = {}  # not answered yet, by their first branch's key
         self._questions: dict[int, asyncio.Future[Explanation | None]] = {}
         self._usage: SlotUsage | None = None
         self._usage_s = float("-inf")
         self._usage_waiter: asyncio.Future[None] | None = None
-        self._process: asyncio.subprocess.Process | None = None
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self._decoder = api_side()
 
     # -- the life of the process -----------------------------------------------------------------------------------------
     async def start(self) -> EngineInfo:
@@ -192,31 +115,15 @@ class EngineClient:
         """Ends the process; requests that run end with EngineDeadError. May be called twice."""
         self._health = Health.STOPPED
         self.fail_all("the engine was shut down")
-        self._send(Stop())
-        await self._end_process(END_S)
-        if self._keeper is not None:
+        if self._keeper is not None:  # first, for it may be starting the process again
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
+        self._child.send(Stop())
+        await self._child.end(END_S)
 
     async def _launch(self) -> None:
-        ours, theirs = socket.socketpair()
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
-        with theirs:
-            # -P: what lies in the working directory is not ours to import
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "quire.engine.process", str(theirs.fileno())),
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-            )
-        self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=SOCKET_BYTES)
-        self._send(Start(self.config))
-        match await self._receive():
-            case Ready(info=info, counts=counts):
-                self._info, self.counts = info, counts
-            case StartFailed(kind=kind, message=message):
-                raise START_ERRORS.get(kind, QuireError)(message)
-            case _:
-                raise EngineDeadError("the engine's process ended while it was starting: its messages are above")
+        ready = await self._child.start(self.config)
+        self._info, self.counts = ready.info, ready.counts
         self._added, self._progress_s, self._usage = 0, self._clock(), None
         self._health = Health.OK
 
@@ -229,9 +136,9 @@ class EngineClient:
             if self._is_stopped:
                 return
             self._health = Health.DEAD
-            status = await self._end_process(0.5)
-            self.fail_all(f"the engine has died ({reason or _exit_text(status)}); it is being started again")
-            logger.error("the engine has died: %s", reason or _exit_text(status))
+            ending = await self._child.end(DYING_S)
+            self.fail_all(f"the engine has died ({reason or ending}); it is being started again")
+            logger.error("the engine has died: %s", reason or ending)
             if self._clock() - began_s > STEADY_S:
                 pause_s = FIRST_PAUSE_S
             while not self._is_stopped and self._health is Health.DEAD:
@@ -243,43 +150,14 @@ class EngineClient:
                     logger.warning("the engine was started again")
                 except (QuireError, OSError, CodecError) as error:
                     logger.error("the engine cannot be started again: %s; next try in %.1f s", error, pause_s)
-                    await self._end_process(0.5)
-
-    async def _end_process(self, patience_s: float) -> int | None:
-        """Waits for the process to end, kills it if it does not; its exit status."""
-        process, writer = self._process, self._writer
-        if process is None:
-            return None
-        try:
-            await asyncio.wait_for(process.wait(), patience_s)
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-        if writer is not None:
-            writer.close()
-        self._process = self._writer = None
-        return process.returncode
+                    await self._child.end(DYING_S)
 
     # -- messages --------------------------------------------------------------------------------------------------------
-    def _send(self, message: ToEngine) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(encode(message))
-
-    async def _receive(self) -> Any:
-        """The next message, None when there are no more."""
-        assert self._reader is not None
-        try:
-            header = await self._reader.readexactly(HEADER_BYTES)
-            return self._decoder.decode(await self._reader.readexactly(body_length(header)))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return None
-
     async def _listen(self) -> str | None:
         """Takes messages until there are no more; why that is, if the engine has said it."""
         while True:
             try:
-                message = await self._receive()
+                message = await self._child.receive()
             except CodecError as error:
                 return f"what it says cannot be read: {error}"
             match message:
@@ -287,8 +165,7 @@ class EngineClient:
                     self._take_report(message)
                 case Usage(usage=usage):
                     self._usage, self._usage_s = usage, self._clock()
-                    if self._usage_waiter is not None and not self._usage_waiter.done():
-                        self._usage_waiter.set_result(None)
+                    _answer(self._usage_waiter, None)
                 case Forked(branch_id=branch_id, refusal=refusal):
                     _answer(self._forks.pop(branch_id, None), refusal)
                 case Explained(number=number, explanation=explanation):
@@ -302,17 +179,19 @@ class EngineClient:
         self.counts = report.counts
         self._progress_s = self._clock()
         told = report.tokens
-        for request_id, text, token_ids in zip(told.request_ids, told.texts, told.token_ids):
-            if (stream := self._streams.get(request_id)) is not None:
+        by_key = self._streams.by_key
+        for key, text, token_ids in zip(told.request_ids, told.texts, told.token_ids):
+            if (stream := by_key.get(key)) is not None:
                 stream.tell([CompletionOutput(0, text, token_ids)])
         for output in report.outputs:
-            if (stream := self._streams.get(output.request_id)) is not None:
+            if (stream := by_key.get(output.request_id)) is not None:
                 stream.take(output)
                 if output.finished:
-                    del self._streams[output.request_id]
+                    self._streams.close(stream)
         for refusal in report.refusals:
-            if (stream := self._streams.pop(refusal.request_id, None)) is not None:
+            if (stream := by_key.get(refusal.request_id)) is not None:
                 stream.mailbox.put(RequestError(refusal.message, param=refusal.param))
+                self._streams.close(stream)
 
     # -- requests --------------------------------------------------------------------------------------------------------
     async def generate(
@@ -332,8 +211,9 @@ class EngineClient:
         request_id, mailbox = request_id or f"request-{next(self._ids)}", Mailbox()
         params = SamplingParams() if sampling_params is None else sampling_params
         self.submit(request_id, mailbox, prompt, params, priority=priority, client=client)
-        async for output in self._outputs(request_id, mailbox):
-            yield output
+        async with aclosing(self._outputs(request_id, mailbox)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def _outputs(self, request_id: str, mailbox: Mailbox) -> AsyncGenerator[RequestOutput, None]:
         """What comes of one request, up to its end; whoever stops before that ends the request."""
@@ -371,31 +251,30 @@ class EngineClient:
         # the engine's process would take anything of another type for a broken stream
         if not (isinstance(params, SamplingParams) and isinstance(priority, int) and isinstance(salt, str | None)):
             raise RequestError("parameters are SamplingParams, priority is an integer, cache_salt a string")
-        stream = _Stream(request_id, mailbox)
+        self._need_engine()
+        stream = self._streams.new(request_id, mailbox)
         if isinstance(content, str):
             stream.prompt = content
         else:
             stream.prompt_token_ids = content
-        self._send_new(Add(request_id, content, params, priority, salt, client), [stream])
+        self._send_new(Add(stream.key, content, params, priority, salt, client), [stream])
 
-    def _send_new(self, message: Add | Fork, streams: Sequence[_Stream]) -> None:
-        """Sends what begins the requests of `streams`. Raises RequestError or EngineDeadError, with nothing sent."""
-        if self._health is not Health.OK:
-            raise EngineDeadError(f"the engine is {self._health.value}: try again later")
-        for stream in streams:
-            if stream.request_id in self._streams:
-                raise RequestError(f"request id {stream.request_id!r} is in use", param="request_id")
+    def _send_new(self, message: Add | Fork, streams: Sequence[Stream]) -> None:
+        """Sends what begins the requests of `streams`. Raises RequestError, with nothing sent."""
         try:
             frame = encode(message)
         except (UnicodeEncodeError, OverflowError, TypeError) as error:
             param = "prompt" if isinstance(message, Add) else "append"
             raise RequestError(f"the request cannot be written down: {error}", param=param) from error
-        if not self._streams:
+        if not self._streams.by_id:
             self._progress_s = self._clock()
-        self._streams.update((stream.request_id, stream) for stream in streams)
+        self._streams.open(streams)
         self._added += len(streams)
-        assert self._writer is not None
-        self._writer.write(frame)
+        self._child.send_frame(frame)
+
+    def _need_engine(self) -> None:
+        if self._health is not Health.OK:
+            raise EngineDeadError(f"the engine is {self._health.value}: try again later")
 
     async def fork(
         self,
@@ -437,52 +316,56 @@ class EngineClient:
         client: str | None = None,
     ) -> None:
         """The same, with an id for each branch and the mailbox that its outputs come into, as `submit` has it."""
+        self._need_engine()
         append = append_tokens if isinstance(append_tokens, str | None) else _token_ids(append_tokens, "append")
         params = sampling_params if isinstance(sampling_params, SamplingParams) else None
         changes = {} if params is not None else dict(sampling_params or {})  # type: ignore[arg-type]
-        ids = list(branches)
-        streams = [_Stream(branch_id, mailbox) for branch_id, mailbox in branches.items()]
-        self._send_new(Fork(request_id, ids, append, params, changes, index, client), streams)
-        answer = self._forks[ids[0]] = asyncio.get_running_loop().create_future()
+        parent = self._streams.by_id.get(request_id)
+        if parent is None:
+            raise RequestError(f"no request {request_id!r} is running", param="request_id")
+        streams = [self._streams.new(branch_id, mailbox) for branch_id, mailbox in branches.items()]
+        keys = [stream.key for stream in streams]
+        self._send_new(Fork(parent.key, keys, append, params, changes, index, client), streams)
+        answer = self._forks[keys[0]] = asyncio.get_running_loop().create_future()
         is_done = False
         try:
             refusal = await answer
             if refusal is not None:
-                raise RequestError(refusal.message, param=refusal.param)
+                raise RequestError(refusal.message.replace(parent.key, request_id), param=refusal.param)
             is_done = True
         finally:
-            self._forks.pop(ids[0], None)
+            self._forks.pop(keys[0], None)
             if not is_done:
                 for branch_id, mailbox in branches.items():
                     self.drop(branch_id, mailbox)
 
     def drop(self, request_id: str, mailbox: Mailbox) -> None:
         """Nobody reads any more what comes of this request: it is to end, if it has not."""
-        stream = self._streams.get(request_id)
+        stream = self._streams.by_id.get(request_id)
         if stream is not None and stream.mailbox is mailbox:  # and not a later one of the same id
-            del self._streams[request_id]
-            self._send(Abort(request_id))
+            self._streams.close(stream)
+            self._child.send(Abort(stream.key))
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request: its stream gets a last output that says "abort". False if it isn't there."""
-        if request_id not in self._streams:
+        stream = self._streams.by_id.get(request_id)
+        if stream is None:
             return False
-        self._send(Abort(request_id))
+        self._child.send(Abort(stream.key))
         return True
 
     def fail_all(self, why: str) -> None:
         """Ends all streams with EngineDeadError, and their requests."""
-        streams, self._streams = self._streams, {}
-        for request_id, stream in streams.items():
-            self._send(Abort(request_id))
+        for stream in list(self._streams.by_id.values()):
+            self._streams.close(stream)
+            self._child.send(Abort(stream.key))
             stream.mailbox.put(EngineDeadError(why))
         waiting: list[asyncio.Future[Any]] = [*self._forks.values(), *self._questions.values()]
         for future in waiting:
             if not future.done():
                 future.set_exception(EngineDeadError(why))
         self._forks, self._questions = {}, {}
-        if self._usage_waiter is not None and not self._usage_waiter.done():
-            self._usage_waiter.set_result(None)
+        _answer(self._usage_waiter, None)
 
     # -- what goes on inside -----------------------------------------------------------------------------------------------
     @property
@@ -491,21 +374,17 @@ class EngineClient:
         return self._info
 
     @property
-    def is_alive(self) -> bool:
-        return self._health is Health.OK
-
-    @property
     def _is_stopped(self) -> bool:
         return self._health is Health.STOPPED
 
     @property
     def pid(self) -> int | None:
         """Of the engine's process, None while there is none."""
-        return None if self._process is None else self._process.pid
+        return self._child.pid
 
     @property
     def health(self) -> Health:
-        is_stalled = bool(self._streams) and self._clock() - self._progress_s > self._stall_timeout_s
+        is_stalled = bool(self._streams.by_id) and self._clock() - self._progress_s > self._stall_timeout_s
         return Health.STUCK if self._health is Health.OK and is_stalled else self._health
 
     def num_queued(self, more: int = 0) -> int:
@@ -521,7 +400,7 @@ class EngineClient:
         if self._clock() - self._usage_s > USAGE_AGE_S and self._health is Health.OK:
             if self._usage_waiter is None or self._usage_waiter.done():
                 self._usage_waiter = asyncio.get_running_loop().create_future()
-                self._send(AskUsage())
+                self._child.send(AskUsage())
             await asyncio.wait({self._usage_waiter}, timeout=USAGE_WAIT_S)
         return self._usage
 
@@ -532,15 +411,18 @@ class EngineClient:
 
         Without `with_others` it does not tell what is in others' prompts. Raises EngineDeadError.
         """
-        if self._health is not Health.OK:
-            raise EngineDeadError(f"the engine is {self._health.value}: try again later")
+        self._need_engine()
+        key = self._streams.last_key(request_id)
+        if key is None:
+            return None
         number = next(self._ids)
         answer = self._questions[number] = asyncio.get_running_loop().create_future()
-        self._send(AskExplain(number, request_id, client, with_others))
+        self._child.send(AskExplain(number, key, client, with_others))
         try:
-            return await answer
+            found = await answer
         finally:
             self._questions.pop(number, None)
+        return None if found is None else _renamed(found, key, request_id)
 
 
 def _answer(future: asyncio.Future[Any] | None, value: object) -> None:
@@ -566,7 +448,7 @@ def _token_ids(ids: Any, param: str) -> list[int]:
         raise RequestError(f"{param}: it is a text or a list of token ids", param=param) from error
 
 
-def _exit_text(status: int | None) -> str:
-    if status is None:
-        return "its process is gone"
-    return f"killed by signal {-status}" if status < 0 else f"its process ended with status {status}"
+def _renamed(found: Explanation, key: str, request_id: str) -> Explanation:
+    """The engine's explanation with the id that the caller knows."""
+    summary = [sentence.replace(key, request_id) for sentence in found["summary"]]
+    return {**found, "request_id": request_id, "summary": summary}

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from quire.engine.client import Mailbox
+from quire.engine.streams import Mailbox
 from quire.errors import RequestError
 from quire.sampling_params import RequestOutputKind
 from quire.server.completions import Form, TextAnswer, respond

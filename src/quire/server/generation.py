@@ -13,7 +13,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from quire.engine.client import EngineClient, Mailbox
+from quire.engine.client import EngineClient
+from quire.engine.streams import Mailbox
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineDeadError, QuireError, RequestError
 from quire.outputs import RequestOutput
