@@ -182,3 +182,22 @@ def test_shutdown_ends_streams_and_may_be_called_twice(engine: AsyncEngine) -> N
 
     asyncio.run(listen())
     engine.shutdown()
+
+
+def test_an_id_may_come_again_as_soon_as_its_stream_is_closed(engine: AsyncEngine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    few = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+
+    async def again() -> list[RequestOutput]:
+        last: list[RequestOutput] = []
+        for _ in range(20):
+            stream = engine.generate([5] * 9, params, "same")
+            await anext(stream)
+            await stream.aclose()
+            last = await collect(engine.generate([6] * 4, few, "same"))
+            assert last[-1].outputs[0].finish_reason == "length"
+            assert last[-1].prompt_token_ids == [6] * 4
+        return last
+
+    assert len(asyncio.run(again())[-1].outputs[0].token_ids) == 3
+    assert_nothing_leaked(engine.engine)

@@ -11,8 +11,9 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,10 +72,11 @@ class AsyncEngine:
         *,
         priority: int = 0,
         client: str = "",
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yields the request's outputs as its `output_kind` says, the last with finished=True.
 
-        Raises RequestError if the request is wrong, EngineDeadError if the engine stops.
+        Leaving the loop early, or cancelling its task, aborts the request. Raises RequestError if the request is wrong,
+        EngineDeadError if the engine stops.
         """
         request_id = request_id or f"request-{next(self._ids)}"
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
@@ -84,8 +86,9 @@ class AsyncEngine:
             self._streams[request_id] = stream
 
         await asyncio.wrap_future(self._call(add))
-        async for output in self._outputs(request_id, stream):
-            yield output
+        async with aclosing(self._outputs(request_id, stream)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def _outputs(self, request_id: str, stream: _Stream) -> AsyncGenerator[RequestOutput, None]:
         """The items of a stream, up to the request's end; whoever stops before that ends the request."""
@@ -162,7 +165,7 @@ class AsyncEngine:
 
     def _forget(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
-        self.engine.abort(request_id)
+        self.engine.abort(request_id, tell=False)  # the next one with this id would get it
 
     # -- the thread ------------------------------------------------------------------------------------------------------
     def _run(self) -> None:

@@ -228,8 +228,9 @@ class Engine:
                 self.abort(branch_id)
             raise
 
-    def abort(self, request_id: str) -> bool:
-        """Ends a request; its last output says "abort". False if it isn't there (it may just have finished)."""
+    def abort(self, request_id: str, *, tell: bool = True) -> bool:
+        """Ends a request; its last output says "abort", without `tell` there is none. False if it isn't there (it may just
+        have finished)."""
         state = self._states.get(request_id)
         if state is None:
             return False
@@ -239,7 +240,8 @@ class Engine:
         for sequence in live:
             state.finish(sequence, now_s)
         self._forget(state)
-        self._ended.append(state)
+        if tell:
+            self._ended.append(state)
         return True
 
     @property

@@ -69,9 +69,8 @@ class LLM:
         ids: list[str] = []
         try:
             for i, prompt in enumerate(listed):
-                one = replace(params[i], output_kind=RequestOutputKind.FINAL_ONLY)
                 request_id = str(self._num_requests)
-                self.engine.add_request(request_id, prompt, one, priority=priority[i] if priority else 0)
+                self.engine.add_request(request_id, prompt, params[i], priority=priority[i] if priority else 0)
                 self._num_requests += 1
                 ids.append(request_id)
         except RequestError as error:
@@ -154,14 +153,15 @@ class LLM:
         return self.engine.tokenizer
 
     def _params_for(self, prompts: Sequence[Prompt], params: ParamsLike) -> list[SamplingParams]:
+        """For each prompt; of the answers only what they are at the end is asked for."""
         if params is None:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
-            return [params] * len(prompts)
+            return [replace(params, output_kind=RequestOutputKind.FINAL_ONLY)] * len(prompts)
         listed = list(params)
         if len(listed) != len(prompts):
             raise RequestError(f"{len(listed)} sampling parameters for {len(prompts)} prompts", param="sampling_params")
-        return listed
+        return [replace(one, output_kind=RequestOutputKind.FINAL_ONLY) for one in listed]
 
     def _run(self, ids: list[str], show: bool) -> list[RequestOutput]:
         results: dict[str, RequestOutput] = {}
