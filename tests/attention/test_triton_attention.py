@@ -24,7 +24,7 @@ from test_attention_backends import Case, make_case, make_spec
 
 from quire.attention import AttentionBatch, AttentionSpec, select_backend
 from quire.attention.triton import TritonBackend
-from quire.attention.work_list import COSTS, LayerKind, choose_tile, layer_kind, list_work
+from quire.attention.work_list import LayerKind, choose_costs, choose_tile, layer_kind, list_work
 from quire.errors import ConfigError
 from quire.kernels.torch_ops import TorchKernels
 from quire.kernels.triton import attention as kernels
@@ -313,9 +313,9 @@ def test_work_lists_cover_each_key_once(window):
         lengths = rng.integers(1, 5000, count)
         queries = np.minimum(lengths, rng.integers(1, 5 if trial % 2 else 600, count))
         kind = "low" if trial % 2 else "high"
-        tile = choose_tile(kind, layer, int(queries.max()))
+        tile = choose_tile(kind, layer, int(queries.max()), sequences_per_sm=(0.1, 0.4, 2)[trial % 3])
         starts = np.cumsum(queries) - queries
-        work = list_work(np.arange(count), starts, queries, lengths, layer, tile, COSTS[kind], 132)
+        work = list_work(np.arange(count), starts, queries, lengths, layer, tile, choose_costs(kind, tile), 132)
         covered: dict[int, list[tuple[int, int]]] = {}
         for sequence, first, tokens, position, begin, end, _, _ in work.items_I8.tolist():
             assert 0 < tokens <= tile.num_rows // layer.group
@@ -347,8 +347,11 @@ def test_decoding_keeps_all_multiprocessors_busy(lengths, efficiency):
     if lengths == "drawn":
         lengths = np.random.default_rng(0).integers(64, 2000, 256)
     lengths = np.asarray(lengths)
-    tile, ones = choose_tile("low", LLAMA, 1), np.ones(len(lengths), dtype=np.int64)
-    work = list_work(np.arange(len(lengths)), np.arange(len(lengths)), ones, lengths, LLAMA, tile, COSTS["low"], 132)
+    tile = choose_tile("low", LLAMA, 1, sequences_per_sm=len(lengths) / 132)
+    ones = np.ones(len(lengths), dtype=np.int64)
+    work = list_work(
+        np.arange(len(lengths)), np.arange(len(lengths)), ones, lengths, LLAMA, tile, choose_costs("low", tile), 132
+    )
     free_at = np.zeros(132 * tile.per_sm)
     for size in np.repeat(work.items_I8[:, 5] - work.items_I8[:, 4], LLAMA.num_kv_heads):
         free_at[free_at.argmin()] += size
@@ -431,6 +434,17 @@ def test_a_graph_is_replayed_over_other_lengths(steps):
         assert error.item() < 1e-2
 
 
+@pytest.mark.parametrize("sequences_per_sm", [0.1, 0.4, 2])
+def test_low_tiles_of_few_and_many_sequences(sequences_per_sm):
+    spec = make_spec((32, 8), 128, bf16)
+    layer = layer_kind(spec, bf16)
+    tile = choose_tile("low", layer, 1, sequences_per_sm=sequences_per_sm)
+    assert tile.per_sm == {0.1: 1, 0.4: 2, 2: 3}[sequences_per_sm]
+    contexts = (20_000, 300, 129, 1) if HAS_CUDA else (300, 129, 1)
+    for piece in (None, 128, 1 << 20):  # 157 pieces of the longest: several turns of the merge
+        check(make_case(spec, 16, contexts, (1,) * len(contexts)), make_backend(tiles={"low": tile}, piece=piece))
+
+
 # -- compiled for the card, without one ----------------------------------------------------------------------------------------
 def test_compiles_for_the_card_without_spilling():
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -445,13 +459,15 @@ def test_compiles_for_the_card_without_spilling():
         assert usage["stack_bytes"] <= (320 if usage["rows"] == 128 and usage["warps"] == 4 else 0), usage
 
 
-def compile_for(capability: int, spec: AttentionSpec, kind: str, max_query_len: int) -> dict[str, int | str]:
+def compile_for(
+    capability: int, spec: AttentionSpec, kind: str, max_query_len: int, sequences_per_sm: float = 9
+) -> dict[str, int | str]:
     """Registers of a thread, and bytes that it spills."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     layer = layer_kind(spec, spec.kv_dtype)
-    tile = choose_tile(kind, layer, max_query_len, little_memory=capability == 89)
+    tile = choose_tile(kind, layer, max_query_len, sequences_per_sm=sequences_per_sm, little_memory=capability == 89)
     low, high = kernels.split_head_size(spec.head_size)
     merge_rows = kernels.choose_merge_rows(tile, layer.group, layer.group if kind == "low" else 0)
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[spec.kv_dtype]
@@ -507,6 +523,7 @@ def compile_for(capability: int, spec: AttentionSpec, kind: str, max_query_len: 
 if __name__ == "__main__":
     specs = [make_spec((32, 8), 128, bf16), make_spec((32, 8), 128, bf16, window=4096, softcap=50.0)]
     found = [compile_for(90, spec, kind, length) for spec in specs for kind, length in (("low", 1), ("high", 999))]
+    found += [compile_for(90, specs[0], "low", 1, sequences_per_sm) for sequences_per_sm in (0.1, 0.4)]
     for head_size in (128, 256):  # what has less shared memory
         spec = make_spec((32, 8), head_size, bf16)
         found += [compile_for(89, spec, kind, length) for kind, length in (("low", 1), ("high", 999), ("high", 9999))]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quire.attention import AttentionSpec
-from quire.attention.work_list import COSTS, choose_tile, layer_kind, list_one, list_work
+from quire.attention.work_list import choose_costs, choose_tile, layer_kind, list_one, list_work
 from quire.sampling.transfer import Inbox, Outbox, ToHost
 
 
@@ -126,7 +126,7 @@ def test_one_decoding_sequence_is_planned_like_any(heads: tuple[int, int], windo
     ]
     for length in lengths:
         sms, waves, piece = int(rng.choice([4, 132])), int(rng.choice([2, 4])), (None, None, 100)[length % 3]
-        shared: Any = (layer, tile, COSTS["low"], sms, piece, waves)
+        shared: Any = (layer, tile, choose_costs("low", tile), sms, piece, waves)
         found = list_one(5, length, *shared)
         expected = list_work(np.array([0]), np.array([5]), np.array([1]), np.array([length]), *shared)
         assert found.items_I8.tolist() == expected.items_I8.tolist()

@@ -11,6 +11,7 @@ Does not know how the kernels compute (`quire.kernels.triton.attention`), nor mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -20,12 +21,12 @@ from torch import Tensor
 
 from quire.attention.base import AttentionBackend, AttentionBatch, AttentionSpec, Plan
 from quire.attention.work_list import (
-    COSTS,
     KINDS,
     MAX_WAVES,
     MUCH_SHARED_BYTES,
     LayerKind,
     WorkList,
+    choose_costs,
     choose_tile,
     layer_kind,
     list_one,
@@ -224,7 +225,7 @@ class TritonBackend(AttentionBackend):
                 int(seq_lens_S[0]),
                 buffers.layer,
                 launches["low"].tile,
-                COSTS["low"],
+                choose_costs("low", launches["low"].tile),
                 self._num_sms,
                 self._piece,
                 buffers.max_waves,
@@ -315,7 +316,7 @@ class TritonBackend(AttentionBackend):
         Raises ConfigError if queries of max_query_len tokens need high tiles.
         """
         layer = layer_kind(spec, dtype)
-        tile = self._tile("low", layer, max_query_len)
+        tile = self._tile("low", layer, max_query_len, max_num_seqs)
         if max_query_len > tile.num_rows // layer.group:
             raise ConfigError(f"graphs take up to {tile.num_rows // layer.group} query tokens, not {max_query_len}")
         work, launches = self._room({"low": (tile, max_num_seqs, max_query_len * layer.group)}, layer, MAX_WAVES)
@@ -353,14 +354,20 @@ class TritonBackend(AttentionBackend):
         work = torch.zeros(size, dtype=torch.int32, device=self._device)
         return work, lay_out(work, capacities, layer.num_kv_heads)
 
-    def _tile(self, kind: str, layer: LayerKind, max_query_len: int) -> Tile:
+    def _tile(self, kind: str, layer: LayerKind, max_query_len: int, num_sequences: float = math.inf) -> Tile:
         tile = self._tiles.get(kind)
         if tile is None:
             long = kind == "high" and max_query_len * layer.group > 64
             heads = (layer.num_heads, layer.num_kv_heads, layer.head_size)
             if long and self._gluon and gluon.supports(*heads, layer.dtype):
                 return gluon.choose_tile(max_query_len, layer.window)
-            return choose_tile(kind, layer, max_query_len, little_memory=self._little_memory)
+            return choose_tile(
+                kind,
+                layer,
+                max_query_len,
+                sequences_per_sm=num_sequences / self._num_sms,
+                little_memory=self._little_memory,
+            )
         return replace(tile, num_rows=max(tile.num_rows, 1 << (layer.group - 1).bit_length()))
 
     def _launches(self, plan: TritonPlan, layer: LayerKind) -> list[Launch]:
@@ -408,8 +415,9 @@ class TritonBackend(AttentionBackend):
             of_kind = (starts_S, query_lens_S, seq_lens_S)
             if len(found) < len(low_S):
                 of_kind = (starts_S[found], query_lens_S[found], seq_lens_S[found])
-            tile = tiles.get(kind) or self._tile(kind, layer, int(of_kind[1].max()))
-            lists[kind] = list_work(found, *of_kind, layer, tile, COSTS[kind], self._num_sms, self._piece, max_waves)
+            tile = tiles.get(kind) or self._tile(kind, layer, int(of_kind[1].max()), len(found))
+            costs = choose_costs(kind, tile)
+            lists[kind] = list_work(found, *of_kind, layer, tile, costs, self._num_sms, self._piece, max_waves)
         return lists
 
     def _staged(self, words: np.ndarray) -> Tensor:

@@ -26,6 +26,8 @@ from quire.kernels.triton.attention import ITEM_FIELDS, MERGE_FIELDS, Tile, spli
 KINDS = ("low", "high")
 MUCH_SHARED_BYTES = 150_000
 """That a program may have: what the largest tiles take."""
+FEW_PROGRAMS, SOME_PROGRAMS = 1.0, 4.0
+"""Tiles times key/value heads, for each multiprocessor: up to so many get larger low tiles."""
 MAX_WAVES = 4
 """Pieces are cut so that programs are at most so many times what the multiprocessors hold at once, and one a tile more."""
 
@@ -67,7 +69,9 @@ class Costs:
     min_piece: int
 
 
-COSTS = {"low": Costs(44, 40, 0.28, 128), "high": Costs(64, 60, 0.6, 256)}
+LOW_COSTS = {1: Costs(150, 0, 0.2, 128), 2: Costs(20, 320, 0.4, 128), 3: Costs(60, 240, 0.28, 128)}
+"""By how many programs share a multiprocessor. Fitted to 28, 13 and 15 batches that were timed at up to 14 cuts each."""
+HIGH_COSTS = Costs(64, 60, 0.6, 256)
 
 _PARTS = np.arange(1, 5)
 _PIECES = [2**i for i in range(7, 15)] + [3 * 2**i for i in range(6, 13)]
@@ -75,9 +79,18 @@ _PIECES_C = np.array([0.0] * len(_PARTS) + _PIECES + [0.0])
 """Sizes of a piece to choose from; first come parts of what is even, last the longest."""
 
 
-def choose_tile(kind: str, layer: LayerKind, max_query_len: int, *, little_memory: bool = False) -> Tile:
-    """The tile for items of `kind`; max_query_len is that of the sequences which get it. little_memory: less shared memory
-    than MUCH_SHARED_BYTES, as on compute capabilities 8.6, 8.9 and 12."""
+def choose_tile(
+    kind: str,
+    layer: LayerKind,
+    max_query_len: int,
+    *,
+    sequences_per_sm: float = math.inf,
+    little_memory: bool = False,
+) -> Tile:
+    """The tile for items of `kind`; max_query_len is that of the sequences which get it. sequences_per_sm: how many there are
+    at most, for each multiprocessor. little_memory: less shared memory than MUCH_SHARED_BYTES, as on compute capabilities 8.6,
+    8.9 and 12.
+    """
     size = sum(split_head_size(layer.head_size))
     least = 1 << (layer.group - 1).bit_length()  # rows of one token
     if layer.dtype == torch.float32:  # ieee products on ordinary units: for tests and small models
@@ -86,6 +99,13 @@ def choose_tile(kind: str, layer: LayerKind, max_query_len: int, *, little_memor
     if kind == "low":
         rows = max(16, least)
         keys = min(128, 8192 >> (size - 1).bit_length())  # 16 KB of keys
+        if rows == 16 and size == 128 and not little_memory:  # measured for this size alone
+            # Where programs are few, each has to have more on its way. Fewer and longer ones leave less to merge, too.
+            programs_per_sm = sequences_per_sm * layer.num_kv_heads
+            if programs_per_sm <= FEW_PROGRAMS:
+                return Tile(rows, 2 * keys, 4, 3, 1)
+            if programs_per_sm <= SOME_PROGRAMS:
+                return Tile(rows, keys, 4, 4, 2)
         return Tile(rows, keys, 4, 3, 3 if rows == 16 else 2)
     if size > 128 and little_memory:
         return Tile(max(least, 64), 32, 4, 2, 1, 64)
@@ -96,6 +116,10 @@ def choose_tile(kind: str, layer: LayerKind, max_query_len: int, *, little_memor
     if max_query_len <= 1024 or little_memory:  # many short triangles: small tiles waste less of them
         return Tile(max(least, 128), 32, 4, 3, 2, 64)
     return Tile(max(least, 256), 64, 8, 2, 1, 32)
+
+
+def choose_costs(kind: str, tile: Tile) -> Costs:
+    return LOW_COSTS[tile.per_sm] if kind == "low" else HIGH_COSTS
 
 
 def choose_piece(
