@@ -29,7 +29,7 @@ _TYPES = {
 }
 _OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 compiled: dict[str, int] = {}
-STACK_FREE = ("_multiply_add", "_linear")
+STACK_FREE = ("_multiply_add", "_linear", "_heads_kernel")
 """Kernels all of whose values must stay in registers."""
 
 

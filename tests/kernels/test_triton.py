@@ -138,6 +138,47 @@ def test_norm_rotary_write(kernels, twin, dtype, normed, size, rotary_size):
     assert torch.equal(results[0][1][:, 0], pool[:, 0])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [(torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
+)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    ("num_tokens", "q_heads", "kv_heads", "size", "rotary_size"),
+    [(11, 6, 3, 80, 80), (37, 2, 1, 96, 32), (5, 12, 9, 128, 128), (9, 4, 4, 96, None), (37, 1, 1, 16, 16)],
+)
+def test_programs_of_several_tokens_end_with_the_last_one(
+    kernels, twin, dtype, kv_dtype, normed, num_tokens, q_heads, kv_heads, size, rotary_size
+):
+    """Buffers go on beyond the tokens with positions and slots that nobody may look at, and rows that nobody may change."""
+    qkv = random(num_tokens + 40, (q_heads + 2 * kv_heads) * size + 16, dtype=dtype)
+    pool = random(12, 2, 2, kv_heads, 4, size, dtype=kv_dtype)
+    slots = torch.full((num_tokens + 40,), 10**6, device=DEVICE, dtype=torch.int32)
+    slots[:num_tokens] = torch.randperm(48, device=DEVICE)[:num_tokens]
+    slots[[2, num_tokens - 1]] = -1
+    positions = torch.full((num_tokens + 40,), 10**8, device=DEVICE, dtype=torch.int32)
+    positions[:num_tokens] = torch.randint(0, 30, (num_tokens,), device=DEVICE)
+    norm = (random(size, dtype=dtype), random(size, dtype=dtype), 1e-6) if normed else None
+    rotary = None if rotary_size is None else (random(30, rotary_size), positions[:num_tokens])
+    results = []
+    for kind in (kernels, twin):
+        x, kv = qkv.clone(), pool.clone()
+        q, k, v = (
+            part.view(num_tokens, -1, size)
+            for part in x[:num_tokens, : (q_heads + 2 * kv_heads) * size].split(
+                [q_heads * size, kv_heads * size, kv_heads * size], dim=-1
+            )
+        )
+        kind.norm_rotary_write(q, k, v, kv[:, 1], slots[:num_tokens], norm=norm, rotary=rotary)
+        results.append((x[:num_tokens, : q_heads * size].clone(), kv))
+        assert torch.equal(x[:num_tokens, q_heads * size :], qkv[:num_tokens, q_heads * size :])
+        assert torch.equal(x[num_tokens:], qkv[num_tokens:])
+    close(results[0][0], results[1][0])
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[kv_dtype])
+    torch.testing.assert_close(results[0][1], results[1][1], atol=tolerance, rtol=tolerance / 4)
+    assert torch.equal(results[0][1][:, 0], pool[:, 0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [24, 1100])
 def test_silu_and_mul(kernels, twin, dtype, size):

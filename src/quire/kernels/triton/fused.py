@@ -18,8 +18,8 @@ from quire.kernels.torch_ops import TorchKernels
 from quire.kernels.triton import blocks, dependent, linear, skinny
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Heads of one token that a program of one warp handles: with head size 128 in bf16, a thread has 16 bytes of each half.
-_HEADS = 4
+# Elements of each tile of `_heads_kernel`, halves and rest together: with 4 warps, a thread has 16 bytes of each half in bf16.
+_ELEMENTS = 2048
 
 
 # Counts of tokens are not specialised on: 1 and multiples of 16 would each be compiled anew, in the middle of serving.
@@ -45,11 +45,13 @@ def _rms_norm_kernel(
 
     PIECES: so many fp32 tensors one after the other are x, 0: x is one of its own type.
     """
+    at = tl.arange(0, BLOCK)
     if PDL:
         dependent.release()
+    weight = tl.load(weight_ptr + at, mask=at < SIZE, other=0.0)
+    if PDL:
         dependent.wait()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    at = tl.arange(0, BLOCK)
     mask = (row < num_rows)[:, None] & (at < SIZE)[None, :]
     offset = (row // HEADS) * stride_t + (row % HEADS) * stride_h
     packed = row[:, None] * SIZE + at[None, :]
@@ -64,20 +66,19 @@ def _rms_norm_kernel(
         tl.store(residual_ptr + packed, x, mask=mask)
     value = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=1) / SIZE + eps)
-    weight = tl.load(weight_ptr + at, mask=at < SIZE, other=0.0).to(tl.float32)
     # Rounded before the product, as in transformers' LlamaRMSNorm.
-    normed = (value * scale[:, None]).to(x.dtype).to(tl.float32) * weight[None, :]
+    normed = (value * scale[:, None]).to(x.dtype).to(tl.float32) * weight.to(tl.float32)[None, :]
     tl.store(out_ptr + packed, normed.to(x.dtype), mask=mask)
 
 
 @triton.jit
-def _weighted(x, scale, weight_ptr, at, mask):
-    """x * scale, rounded, times the weights at `at`, rounded."""
-    weight = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    return ((x.to(tl.float32) * scale[:, None]).to(x.dtype).to(tl.float32) * weight[None, :]).to(x.dtype)
+def _weighted(x_THr, scale_TH, weight_r):
+    """x * scale, rounded, times the weights, rounded."""
+    scaled_THr = (x_THr.to(tl.float32) * scale_TH[:, :, None]).to(x_THr.dtype).to(tl.float32)
+    return (scaled_THr * weight_r.to(tl.float32)[None, None, :]).to(x_THr.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _heads_kernel(
     q_ptr,
     k_ptr,
@@ -88,6 +89,7 @@ def _heads_kernel(
     slot_ptr,
     q_weight_ptr,
     k_weight_ptr,
+    num_tokens,
     q_stride_t,
     q_stride_h,
     k_stride_t,
@@ -104,15 +106,18 @@ def _heads_kernel(
     NORM: tl.constexpr,
     ROTATE: tl.constexpr,
     WRITE: tl.constexpr,
+    TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Norms and turns the heads of q and k, and writes k and v into their slots: each as far as the flags say.
 
-    Program (t, g) has HEADS heads of token t: g counts groups of heads through q, then through k, then through v. A head
-    is held as its two halves that are turned against each other, and the rest that is not turned:
+    Program t * GROUPS + g has HEADS heads of tokens [t * TOKENS, (t + 1) * TOKENS): g counts groups of heads through q, then
+    through k, then through v. A head is held as its two halves that are turned against each other, and the rest that is not
+    turned:
 
         | a: HALF elements | b: HALF elements | c: SIZE - 2 * HALF elements |
 
@@ -120,84 +125,115 @@ def _heads_kernel(
     """
     if PDL:
         dependent.release()
-        dependent.wait()
-    token = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1)
+    group = tl.program_id(0) % GROUPS
+    token_T = (tl.program_id(0) // GROUPS).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     Q_GROUPS: tl.constexpr = (Q_HEADS + HEADS - 1) // HEADS
     K_GROUPS: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
     is_q = group < Q_GROUPS
     is_v = group >= Q_GROUPS + K_GROUPS
-    base = k_ptr + token * k_stride_t
+    base = k_ptr
+    stride_t = k_stride_t
     stride_h = k_stride_h
     first = (group - Q_GROUPS) * HEADS
     num_heads = KV_HEADS
     weight_ptr = k_weight_ptr
     if is_q:
-        base = q_ptr + token * q_stride_t
+        base = q_ptr
+        stride_t = q_stride_t
         stride_h = q_stride_h
         first = group * HEADS
         num_heads = Q_HEADS
         weight_ptr = q_weight_ptr
     if is_v:
-        base = v_ptr + token * v_stride_t
+        base = v_ptr
+        stride_t = v_stride_t
         stride_h = v_stride_h
         first = (group - Q_GROUPS - K_GROUPS) * HEADS
 
-    head = first + tl.arange(0, HEADS)
-    at = tl.arange(0, HALF_BLOCK)
-    mask = (head < num_heads)[:, None] & (at < HALF)[None, :]
-    address = base + head[:, None] * stride_h + at[None, :]
-    a = tl.load(address, mask=mask, other=0.0)
-    b = tl.load(address + HALF, mask=mask, other=0.0)
-    rest_at = 2 * HALF + tl.arange(0, REST_BLOCK)
-    rest_mask = (head < num_heads)[:, None] & (rest_at < SIZE)[None, :]
-    rest_address = base + head[:, None] * stride_h + rest_at[None, :]
-    c = a
+    # Each load is asked for as soon as it can be, and before what came earlier is used.
+    at_r = tl.arange(0, HALF_BLOCK)
+    rest_c = 2 * HALF + tl.arange(0, REST_BLOCK)
+    if NORM:
+        a_weight_r = tl.load(weight_ptr + at_r, mask=at_r < HALF, other=0.0)
+        b_weight_r = tl.load(weight_ptr + HALF + at_r, mask=at_r < HALF, other=0.0)
+        if 2 * HALF < SIZE:
+            c_weight_c = tl.load(weight_ptr + rest_c, mask=rest_c < SIZE, other=0.0)
+    if PDL:
+        dependent.wait()
+    there_T = token_T < num_tokens
+    turned_T = there_T & (group < Q_GROUPS + K_GROUPS)
+    if ROTATE:
+        position_T = tl.load(position_ptr + token_T, mask=turned_T, other=0).to(tl.int64)
+    if WRITE:
+        slot_T = tl.load(slot_ptr + token_T, mask=there_T, other=-1).to(tl.int64)
+    head_H = first + tl.arange(0, HEADS)
+    there_TH = there_T[:, None] & (head_H < num_heads)[None, :]
+    address_TH = base + token_T[:, None] * stride_t + head_H[None, :] * stride_h
+    address_THr = address_TH[:, :, None] + at_r[None, None, :]
+    mask_THr = there_TH[:, :, None] & (at_r < HALF)[None, None, :]
+    a_THr = tl.load(address_THr, mask=mask_THr, other=0.0)
+    b_THr = tl.load(address_THr + HALF, mask=mask_THr, other=0.0)
+    rest_THc = address_TH[:, :, None] + rest_c[None, None, :]
+    rest_mask_THc = there_TH[:, :, None] & (rest_c < SIZE)[None, None, :]
+    c_THc = a_THr
     if 2 * HALF < SIZE:
-        c = tl.load(rest_address, mask=rest_mask, other=0.0)
+        c_THc = tl.load(rest_THc, mask=rest_mask_THc, other=0.0)
+    if ROTATE:
+        # The barriers keep the angles' loads where they are: the assembler would move them up, where all loads would wait for
+        # positions, or down behind the norm. Each head asks for its own: what heads share would go through shared memory.
+        tl.debug_barrier()
+        row_THr = position_T[:, None, None] * (2 * HALF) + tl.broadcast_to(at_r[None, None, :], mask_THr.shape)
+        turned_THr = mask_THr & turned_T[:, None, None]
+        cos_THr = tl.load(cos_sin_ptr + row_THr, mask=turned_THr, other=1.0)
+        sin_THr = tl.load(cos_sin_ptr + HALF + row_THr, mask=turned_THr, other=0.0)
+        if NORM:
+            tl.debug_barrier()
+
     if NORM and not is_v:
-        squares = tl.sum(a.to(tl.float32) * a.to(tl.float32) + b.to(tl.float32) * b.to(tl.float32), axis=1)
+        x_THr = a_THr.to(tl.float32)
+        y_THr = b_THr.to(tl.float32)
+        squares_TH = tl.sum(x_THr * x_THr + y_THr * y_THr, axis=2)
         if 2 * HALF < SIZE:
-            squares += tl.sum(c.to(tl.float32) * c.to(tl.float32), axis=1)
-        scale = tl.rsqrt(squares / SIZE + eps)
-        a = _weighted(a, scale, weight_ptr, at, at < HALF)
-        b = _weighted(b, scale, weight_ptr, at + HALF, at < HALF)
+            squares_TH += tl.sum(c_THc.to(tl.float32) * c_THc.to(tl.float32), axis=2)
+        scale_TH = tl.rsqrt(squares_TH / SIZE + eps)
+        a_THr = _weighted(a_THr, scale_TH, a_weight_r)
+        b_THr = _weighted(b_THr, scale_TH, b_weight_r)
         if 2 * HALF < SIZE:
-            c = _weighted(c, scale, weight_ptr, rest_at, rest_at < SIZE)
+            c_THc = _weighted(c_THc, scale_TH, c_weight_c)
     if ROTATE and not is_v:
-        angles = cos_sin_ptr + tl.load(position_ptr + token).to(tl.int64) * (2 * HALF) + at
-        cos = tl.load(angles, mask=at < HALF, other=1.0)[None, :]
-        sin = tl.load(angles + HALF, mask=at < HALF, other=0.0)[None, :]
-        x = a.to(tl.float32)
-        y = b.to(tl.float32)
-        a = (x * cos - y * sin).to(a.dtype)
-        b = (y * cos + x * sin).to(b.dtype)
+        x_THr = a_THr.to(tl.float32)
+        y_THr = b_THr.to(tl.float32)
+        a_THr = (x_THr * cos_THr - y_THr * sin_THr).to(a_THr.dtype)
+        b_THr = (y_THr * cos_THr + x_THr * sin_THr).to(b_THr.dtype)
     if is_q or not WRITE:
-        tl.store(address, a, mask=mask)
-        tl.store(address + HALF, b, mask=mask)
+        tl.store(address_THr, a_THr, mask=mask_THr)
+        tl.store(address_THr + HALF, b_THr, mask=mask_THr)
         if NORM and 2 * HALF < SIZE:
-            tl.store(rest_address, c, mask=rest_mask)
+            tl.store(rest_THc, c_THc, mask=rest_mask_THc)
     else:
-        slot = tl.load(slot_ptr + token).to(tl.int64)
-        if slot >= 0:
-            kept = kv_ptr + (slot // BLOCK_SIZE) * kv_stride_b + (slot % BLOCK_SIZE) * SIZE
-            if is_v:
-                kept += KV_HEADS * BLOCK_SIZE * SIZE
-            kept_heads = kept + head[:, None] * (BLOCK_SIZE * SIZE)
-            tl.store(kept_heads + at[None, :], a.to(kv_ptr.dtype.element_ty), mask=mask)
-            tl.store(kept_heads + HALF + at[None, :], b.to(kv_ptr.dtype.element_ty), mask=mask)
-            if 2 * HALF < SIZE:
-                tl.store(kept_heads + rest_at[None, :], c.to(kv_ptr.dtype.element_ty), mask=rest_mask)
+        dtype: tl.constexpr = kv_ptr.dtype.element_ty
+        half = kv_ptr
+        if is_v:
+            half += KV_HEADS * BLOCK_SIZE * SIZE
+        kept_T = half + (slot_T // BLOCK_SIZE) * kv_stride_b + (slot_T % BLOCK_SIZE) * SIZE
+        kept_TH1 = (kept_T[:, None] + head_H[None, :] * (BLOCK_SIZE * SIZE))[:, :, None]
+        has_slot_T11 = (slot_T >= 0)[:, None, None]
+        kept_mask_THr = mask_THr & has_slot_T11
+        tl.store(kept_TH1 + at_r[None, None, :], a_THr.to(dtype), mask=kept_mask_THr)
+        tl.store(kept_TH1 + HALF + at_r[None, None, :], b_THr.to(dtype), mask=kept_mask_THr)
+        if 2 * HALF < SIZE:
+            tl.store(kept_TH1 + rest_c[None, None, :], c_THc.to(dtype), mask=rest_mask_THc & has_slot_T11)
 
 
 @triton.jit
 def _silu_and_mul_kernel(x_ptr, out_ptr, stride_t, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Program (t, i) has elements [i * BLOCK, (i + 1) * BLOCK) of token t."""
+    """Program t * cdiv(size, BLOCK) + i has elements [i * BLOCK, (i + 1) * BLOCK) of token t."""
     if PDL:
         dependent.release()
         dependent.wait()
-    token = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    blocks_of_token = tl.cdiv(size, BLOCK)
+    token = (tl.program_id(0) // blocks_of_token).to(tl.int64)
+    at = tl.program_id(0) % blocks_of_token * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     gate = tl.load(x_ptr + token * stride_t + at, mask=mask, other=0.0)
     up = tl.load(x_ptr + token * stride_t + size + at, mask=mask, other=0.0)
@@ -282,8 +318,7 @@ class TritonKernels(TorchKernels):
         out_TI = gate_up_TI2.new_empty((num_tokens, size))
         if num_tokens:
             block = min(1024, triton.next_power_of_2(size))
-            grid = (num_tokens, triton.cdiv(size, block))
-            _silu_and_mul_kernel[grid](
+            _silu_and_mul_kernel[(num_tokens * triton.cdiv(size, block),)](
                 gate_up_TI2, out_TI, gate_up_TI2.stride(0), size, BLOCK=block, num_warps=4,
                 **dependent.options(out_TI.device),
             )  # fmt: skip
@@ -410,13 +445,16 @@ def _heads(
     if not num_tokens:
         return
     q_heads = 0 if q_TND is None else q.shape[1]
-    num_groups = triton.cdiv(q_heads, _HEADS) + triton.cdiv(kv_heads, _HEADS) * (1 if v_TKD is None else 2)
-    _heads_kernel[(num_tokens, num_groups)](
-        q, k_TKD, v, kv, cos_sin, positions, slots, q_weight, k_weight,
+    heads = min(8, triton.next_power_of_2(max(q_heads, kv_heads)))
+    tokens = max(1, _ELEMENTS // (heads * triton.next_power_of_2(size)))
+    num_groups = triton.cdiv(q_heads, heads) + triton.cdiv(kv_heads, heads) * (1 if v_TKD is None else 2)
+    _heads_kernel[(triton.cdiv(num_tokens, tokens) * num_groups,)](
+        q, k_TKD, v, kv, cos_sin, positions, slots, q_weight, k_weight, num_tokens,
         q.stride(0), q.stride(1), k_TKD.stride(0), k_TKD.stride(1), v.stride(0), v.stride(1), block_stride, eps,
         Q_HEADS=q_heads, KV_HEADS=kv_heads, SIZE=size, HALF=half, BLOCK_SIZE=block_size, NORM=norm is not None,
-        ROTATE=rotary is not None, WRITE=cache is not None, HEADS=_HEADS, HALF_BLOCK=triton.next_power_of_2(half),
-        REST_BLOCK=triton.next_power_of_2(max(1, size - 2 * half)), num_warps=1, **dependent.options(k_TKD.device),
+        ROTATE=rotary is not None, WRITE=cache is not None, TOKENS=tokens, HEADS=heads, GROUPS=num_groups,
+        HALF_BLOCK=triton.next_power_of_2(half), REST_BLOCK=triton.next_power_of_2(max(1, size - 2 * half)),
+        num_warps=4, **dependent.options(k_TKD.device),
     )  # fmt: skip
 
 
