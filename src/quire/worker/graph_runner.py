@@ -26,7 +26,7 @@ table entries that change, V = vocabulary, H = hidden size.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -186,8 +186,7 @@ class GraphRunner:
         packings = [self._packing(size, self._capacity(size), self._decode_buffers(size)) for size in self.sizes]
         packings += [
             self._packing(self._mixed_entries(size), self._mixed_capacity(size), self._mixed_buffers(size, long))
-            for size in self.mixed_sizes
-            for long in ((False, True) if size > LONG else (False,))
+            for size, long in self._kinds_of_mixed(self.mixed_sizes)
         ]
         num_words = max(packing.num_words for packing in packings)
         self._words = torch.empty(num_words, dtype=torch.int32, device=device)
@@ -231,6 +230,12 @@ class GraphRunner:
             self._attention.mixed_buffers(spec, self._dtype, num_entries, num_tokens, longest)
             for spec in self._group_specs
         ]
+
+    @staticmethod
+    def _kinds_of_mixed(sizes: Iterable[int]) -> Iterator[tuple[int, bool]]:
+        """Each size with what there are graphs of: not for long queries, and for long ones."""
+        for size in sizes:
+            yield from ((size, is_long) for is_long in ((False, True) if size > LONG else (False,)))
 
     @staticmethod
     def _capacity(size: int) -> int:
@@ -331,14 +336,13 @@ class GraphRunner:
 
     @torch.inference_mode()
     def capture_all(self) -> None:
-        """Captures every size, with steps of nothing but padding. Draws that truncate are left to the first such step, and so
-        are mixed sizes for long queries.
+        """Captures every size, with steps of nothing but padding. Draws that truncate are left to the first such step.
 
         The largest first: the others then find room in its memory.
         """
         nothing = np.zeros(0, dtype=np.int64)
-        for num_tokens in reversed(self.mixed_sizes):
-            size = self._mixed(num_tokens, False)
+        for num_tokens, is_long in self._kinds_of_mixed(reversed(self.mixed_sizes)):
+            size = self._mixed(num_tokens, is_long)
             if size.replay_layers is None:
                 size.words.copy_(torch.from_numpy(size.template))
                 self._capture_mixed(size, self._plans(size, np.zeros(1, dtype=np.int64), nothing))
@@ -373,10 +377,9 @@ class GraphRunner:
                 self._draw(size, False)
                 self._draw(size, True)
                 size.hidden_NH = None
-            for num_tokens in first_of(self.mixed_sizes, LONG):
-                for is_long in (False, True)[: 1 + (num_tokens > LONG)]:
-                    size = self._mixed(num_tokens, is_long)
-                    self._mixed_layers(size, plans_of(size))
+            for num_tokens, is_long in self._kinds_of_mixed(first_of(self.mixed_sizes, LONG)):
+                size = self._mixed(num_tokens, is_long)
+                self._mixed_layers(size, plans_of(size))
 
     def _capture_layers(self, size: _Size, plans: Sequence[Any]) -> None:
         """Runs the layers over what is staged, and captures them."""
