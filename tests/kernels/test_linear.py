@@ -8,9 +8,9 @@ import torch
 
 from triton_interpreter import HAS_CUDA  # isort: skip
 
-from quire.kernels.torch_ops import TorchKernels
+from quire.kernels.torch_ops import TorchKernels, TorchResidual
 from quire.kernels.triton import linear
-from quire.kernels.triton.fused import TritonKernels
+from quire.kernels.triton.fused import TritonKernels, TritonManyTokens
 from quire.kernels.triton.linear import Tile
 
 DEVICE = "cuda" if HAS_CUDA else "cpu"
@@ -147,6 +147,34 @@ def test_some_tokens_of_a_gpu_with_a_copy_engine_are_taken(monkeypatch: pytest.M
     assert not linear.takes(random(16, 1028)[:, 4:], small, None), "not aligned as the copy engine wants it"
     monkeypatch.setattr(linear, "_has_tma", lambda index: False)
     assert not linear.takes(random(16, 1024), small, None)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_tokens_products_add_to_the_residual(bias: bool) -> None:
+    tokens, size, outputs = (2049, 1024, 3072) if HAS_CUDA else (5, 64, 24)
+    kernels = TritonKernels()
+    many = TritonManyTokens(kernels)
+    x, y, residual = random(tokens, size, scale=2.0), random(tokens, outputs), random(tokens, size)
+    into, back = random(2 * outputs, size, scale=size**-0.5), random(size, outputs, scale=outputs**-0.5)
+    norm, b = random(size), random(size) if bias else None
+    if HAS_CUDA:
+        assert isinstance(kernels.residual(x), TritonManyTokens) and kernels.residual(x[:1024]) is None
+        assert kernels.residual(x.float()) is None
+    else:
+        assert kernels.residual(random(2049, 8)) is None, "on a CPU"
+
+    def results(kind: TritonManyTokens | TorchResidual, dtype: torch.dtype) -> list[torch.Tensor]:
+        scaled = norm.to(dtype), 1e-6
+        sums = residual.to(dtype, copy=True)
+        kind.linear_add_(y.to(dtype), back.to(dtype), sums, None if b is None else b.to(dtype))
+        x_, into_ = x.to(dtype), into.to(dtype)
+        return [sums, kind.linear(x_, into_, norm=scaled), kind.linear_silu_mul(x_, into_, norm=scaled)]
+
+    twin = TorchResidual()
+    for found, exact, rounded in zip(
+        results(many, x.dtype), results(twin, torch.float64), results(twin, x.dtype), strict=True
+    ):
+        close(found, exact, rounded)
 
 
 @on_the_card

@@ -8,7 +8,7 @@ import torch
 
 from triton_interpreter import HAS_CUDA  # isort: skip
 
-from quire.kernels.torch_ops import TorchFewTokens, TorchKernels
+from quire.kernels.torch_ops import TorchKernels, TorchResidual
 from quire.kernels.triton import dependent, skinny
 from quire.kernels.triton.fused import TritonFewTokens, TritonKernels
 from quire.kernels.triton.skinny import Tile
@@ -47,7 +47,7 @@ def check(
     tokens: int, size: int, outputs: int, dtype: torch.dtype, tile: Tile | None, *, norm: bool, bias: bool
 ) -> None:
     """All three operations against the twin in float64."""
-    twin = TorchFewTokens()
+    twin = TorchResidual()
     x = random(tokens, size, dtype=dtype, scale=2.0)
     weight = random(2 * outputs, size, dtype=dtype, scale=size**-0.5)
     b = random(2 * outputs, dtype=dtype) if bias else None
@@ -83,7 +83,7 @@ def test_rounding_is_that_of_the_operations_one_by_one() -> None:
     """With sums that are exact in any order, results are equal bit for bit."""
     x, weight = torch.randint(-3, 4, (3, 64), device=DEVICE), torch.randint(-2, 3, (16, 64), device=DEVICE)
     x, weight, residual = x.to(torch.float16), weight.to(torch.float16), random(3, 16, dtype=torch.float16)
-    few, twin = TritonFewTokens(), TorchFewTokens()
+    few, twin = TritonFewTokens(), TorchResidual()
     norm = random(64, dtype=torch.float16), 1e-5
     normed = TritonKernels().rms_norm(x, *norm)
     assert torch.equal(few.linear(x, weight), twin.linear(x, weight))
@@ -117,7 +117,9 @@ def test_few_bf16_tokens_of_a_gpu_are_taken() -> None:
     assert not few.takes(random(5, 8)) and not few.takes(random(3, 4096))
     assert not few.takes(random(0, 8))
     assert not few.takes(random(1, 8, dtype=torch.float32))
-    assert TorchKernels().few is None
+    kernels = TritonKernels()
+    assert (type(kernels.residual(random(4, 8))) is TritonFewTokens) == HAS_CUDA
+    assert kernels.residual(random(5, 8)) is None and TorchKernels().residual(random(4, 8)) is None
     assert dependent.options(torch.device("cpu")) == {"PDL": False}
 
 

@@ -23,21 +23,17 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 
-__all__ = ["FewTokenKernels", "Kernels", "select_kernels"]
+__all__ = ["Kernels", "ResidualKernels", "select_kernels"]
 
 logger = logging.getLogger(__name__)
 
 
-class FewTokenKernels(Protocol):
-    """Linear layers fused with what stands beside them, for the few tokens of a step that only decodes a little.
+class ResidualKernels(Protocol):
+    """Linear layers with what stands beside them in a residual stream: the norm before, the addition after.
 
     Letters: H inputs, O outputs. Weights are contiguous, biases optional, all of x's dtype. norm is a norm's weights [H] and
     eps: x is `Kernels.rms_norm`ed first. What is rounded in between is what the operations one by one round.
     """
-
-    def takes(self, x_TH: Tensor) -> bool:
-        """Whether this is the way for x, by its device, dtype and number of tokens."""
-        ...
 
     def linear(
         self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None
@@ -73,8 +69,10 @@ class Kernels(Protocol):
     name: str
     """Which implementation this is: "torch", "cpu" or "triton"."""
 
-    few: FewTokenKernels | None
-    """Linear layers for few tokens, where there are faster ones than torch's."""
+    def residual(self, residual_TH: Tensor) -> ResidualKernels | None:
+        """The way for so many tokens in which products add to the residual themselves; None where the norm that follows is
+        to add (`linear_pieces`, `add_rms_norm`)."""
+        ...
 
     def linear(self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """Returns x W^T + b, [T, O], new and contiguous; all of x's dtype, x with a contiguous last dimension."""

@@ -60,7 +60,6 @@ class CpuKernels:
     """`Kernels` in C. Construct by `CpuKernels.build()`."""
 
     name = "cpu"
-    few = None
 
     def __init__(self, library: ctypes.CDLL) -> None:
         for name, (result, arguments) in _SIGNATURES.items():
@@ -80,6 +79,9 @@ class CpuKernels:
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         return self._norm(x_TH, None, weight_H, eps)
+
+    def residual(self, residual_TH: Tensor) -> None:
+        """Norms add."""
 
     def linear(self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None) -> Tensor:
         return torch.nn.functional.linear(x_TH, weight_OH, bias_O)

@@ -6,14 +6,16 @@ Shapes, dtypes and the cache's layout are in `quire.kernels`.
 import torch
 from torch import Tensor
 
-from quire.kernels import FewTokenKernels
+from quire.kernels import ResidualKernels
 
 
 class TorchKernels:
     """`Kernels` in plain torch."""
 
     name = "torch"
-    few: FewTokenKernels | None = None
+
+    def residual(self, residual_TH: Tensor) -> ResidualKernels | None:
+        return None
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         x = x_TH.float()
@@ -117,11 +119,8 @@ class TorchKernels:
         return o_TND
 
 
-class TorchFewTokens:
-    """`FewTokenKernels` in plain torch: takes any tokens, and is slower than leaving it be."""
-
-    def takes(self, x_TH: Tensor) -> bool:
-        return True
+class TorchResidual:
+    """`ResidualKernels` in plain torch: what they mean, and slower than leaving it be."""
 
     def linear(
         self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None

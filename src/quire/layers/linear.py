@@ -5,7 +5,7 @@
 
 The pair column -> row needs one all_reduce. Products are the kernels' to choose: torch's, or a GPU's own, which do what
 stands beside the product as well: `silu_mul` and `pieces` for some tokens, `normed`, `normed_silu_mul` and `add_to`
-for few (`quire.kernels.FewTokenKernels`).
+where products add to the residual themselves (`quire.kernels.ResidualKernels`).
 
 Shapes: T tokens, I inputs, O outputs of this rank.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from quire.kernels import FewTokenKernels
+from quire.kernels import ResidualKernels
 from quire.layers.context import BuildContext
 from quire.layers.norm import RMSNorm
 from quire.layers.slots import WeightSlot, empty_parameter
@@ -49,13 +49,13 @@ class ColumnParallelLinear(nn.Module):
         """silu(gate) * up of two pieces of one size, gate and up: [T, I] -> [T, O / 2]"""
         return self.kernels.linear_silu_mul(x_TI, self.weight, self.bias)
 
-    def normed(self, few: FewTokenKernels, x_TI: Tensor, norm: RMSNorm) -> Tensor:
+    def normed(self, kernels: ResidualKernels, x_TI: Tensor, norm: RMSNorm) -> Tensor:
         """forward(norm(x)): [T, I] -> [T, O]"""
-        return few.linear(x_TI, self.weight, self.bias, norm=(norm.weight, norm.eps))
+        return kernels.linear(x_TI, self.weight, self.bias, norm=(norm.weight, norm.eps))
 
-    def normed_silu_mul(self, few: FewTokenKernels, x_TI: Tensor, norm: RMSNorm) -> Tensor:
+    def normed_silu_mul(self, kernels: ResidualKernels, x_TI: Tensor, norm: RMSNorm) -> Tensor:
         """silu_mul(norm(x)): [T, I] -> [T, O / 2]"""
-        return few.linear_silu_mul(x_TI, self.weight, self.bias, norm=(norm.weight, norm.eps))
+        return kernels.linear_silu_mul(x_TI, self.weight, self.bias, norm=(norm.weight, norm.eps))
 
     def weight_slots(self, path: str) -> Iterator[WeightSlot]:
         parent = path.rpartition(".")[0]
@@ -89,10 +89,10 @@ class RowParallelLinear(nn.Module):
             return self.kernels.linear_pieces(x_TI, self.weight, self.bias)
         return self(x_TI)
 
-    def add_to(self, few: FewTokenKernels, residual_TO: Tensor, x_TI: Tensor) -> None:
+    def add_to(self, kernels: ResidualKernels, residual_TO: Tensor, x_TI: Tensor) -> None:
         """residual += forward(x), in place."""
         if self.group.size == 1:
-            few.linear_add_(x_TI, self.weight, residual_TO, self.bias)
+            kernels.linear_add_(x_TI, self.weight, residual_TO, self.bias)
         else:  # the sum over the ranks stands between the product and the addition
             residual_TO += self(x_TI)
 

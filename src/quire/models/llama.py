@@ -12,7 +12,7 @@ size, V vocabulary; N, K and I are this rank's share.
 from torch import Tensor, nn
 
 from quire.attention.base import AttentionSpec
-from quire.kernels import FewTokenKernels
+from quire.kernels import ResidualKernels
 from quire.layers.attention import Attention
 from quire.layers.context import BuildContext, ForwardContext
 from quire.layers.embedding import Embedding, LMHead
@@ -46,11 +46,11 @@ class LlamaAttention(nn.Module):
         return self.o_proj.pieces(self._attend(self.qkv_proj(x_TH), positions_T, ctx))
 
     def add_to(
-        self, few: FewTokenKernels, residual_TH: Tensor, norm: RMSNorm, positions_T: Tensor, ctx: ForwardContext
+        self, kernels: ResidualKernels, residual_TH: Tensor, norm: RMSNorm, positions_T: Tensor, ctx: ForwardContext
     ) -> None:
         """residual += forward(norm(residual)), in place."""
-        qkv_TO = self.qkv_proj.normed(few, residual_TH, norm)
-        self.o_proj.add_to(few, residual_TH, self._attend(qkv_TO, positions_T, ctx))
+        qkv_TO = self.qkv_proj.normed(kernels, residual_TH, norm)
+        self.o_proj.add_to(kernels, residual_TH, self._attend(qkv_TO, positions_T, ctx))
 
     def _attend(self, qkv_TO: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """From q, k and v of all heads, side by side, to what attention gives: [T, N D]."""
@@ -78,9 +78,9 @@ class LlamaMLP(nn.Module):
         """[T, H] -> [T, H], or pieces of it, [P, T, H]"""
         return self.down_proj.pieces(self.gate_up_proj.silu_mul(x_TH))
 
-    def add_to(self, few: FewTokenKernels, residual_TH: Tensor, norm: RMSNorm) -> None:
+    def add_to(self, kernels: ResidualKernels, residual_TH: Tensor, norm: RMSNorm) -> None:
         """residual += forward(norm(residual)), in place."""
-        self.down_proj.add_to(few, residual_TH, self.gate_up_proj.normed_silu_mul(few, residual_TH, norm))
+        self.down_proj.add_to(kernels, residual_TH, self.gate_up_proj.normed_silu_mul(kernels, residual_TH, norm))
 
 
 class LlamaLayer(nn.Module):
@@ -106,10 +106,10 @@ class LlamaLayer(nn.Module):
         h_TH = self.post_attention_layernorm.add(h_TH, residual_TH)
         return self.mlp(h_TH)
 
-    def add_to(self, few: FewTokenKernels, residual_TH: Tensor, positions_T: Tensor, ctx: ForwardContext) -> None:
-        """The same for few tokens, all of it in place: each half adds to the residual itself, and norms what it reads."""
-        self.self_attn.add_to(few, residual_TH, self.input_layernorm, positions_T, ctx)
-        self.mlp.add_to(few, residual_TH, self.post_attention_layernorm)
+    def add_to(self, kernels: ResidualKernels, residual_TH: Tensor, positions_T: Tensor, ctx: ForwardContext) -> None:
+        """The same, all of it in place: each half adds to the residual itself, and norms what it reads."""
+        self.self_attn.add_to(kernels, residual_TH, self.input_layernorm, positions_T, ctx)
+        self.mlp.add_to(kernels, residual_TH, self.post_attention_layernorm)
 
 
 class LlamaModel(nn.Module):
@@ -126,10 +126,9 @@ class LlamaModel(nn.Module):
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """-> [T, H], the final norm applied."""
         residual_TH, x_TH = self.embed_tokens(input_ids_T), None
-        few = self.kernels.few
-        if few is not None and few.takes(residual_TH):
+        if (kernels := self.kernels.residual(residual_TH)) is not None:
             for layer in self.layers:
-                layer.add_to(few, residual_TH, positions_T, ctx)
+                layer.add_to(kernels, residual_TH, positions_T, ctx)
             return self.norm(residual_TH)
         for layer in self.layers:
             x_TH = layer(x_TH, residual_TH, positions_T, ctx)

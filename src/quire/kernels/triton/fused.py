@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.kernels import FewTokenKernels
+from quire.kernels import ResidualKernels
 from quire.kernels.torch_ops import TorchKernels
 from quire.kernels.triton import blocks, dependent, linear, skinny
 
@@ -261,7 +261,10 @@ class TritonKernels(TorchKernels):
     name = "triton"
 
     def __init__(self) -> None:
-        self.few: FewTokenKernels | None = TritonFewTokens()
+        self._residual = (TritonFewTokens(), TritonManyTokens(self))
+
+    def residual(self, residual_TH: Tensor) -> ResidualKernels | None:
+        return next((kernels for kernels in self._residual if kernels.takes(residual_TH)), None)
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         return _norm(x_TH, None, weight_H, eps)
@@ -349,13 +352,14 @@ SMALL = 2048  # hidden size
 
 
 class TritonFewTokens:
-    """`FewTokenKernels` for GPUs, from `skinny`. Does not see a CPU's tensors: those would be interpreted.
+    """`ResidualKernels` for few tokens on GPUs, from `skinny`. Does not see a CPU's tensors: those would be interpreted.
 
     Measured on an H200, the matrix units' way (`linear`) is as fast from 3 tokens on, and from 5 for small models, whose time
     is in the launches.
     """
 
     def takes(self, x_TH: Tensor) -> bool:
+        """Whether this is the way for x, by its device, dtype and number of tokens."""
         most = 4 if x_TH.shape[1] <= SMALL else 2
         return x_TH.is_cuda and x_TH.dtype in skinny.DTYPES and 0 < len(x_TH) <= most
 
@@ -378,6 +382,49 @@ class TritonFewTokens:
         self, x_TH: Tensor, weight_OH: Tensor, residual_TO: Tensor, bias_O: Tensor | None = None
     ) -> None:  # fmt: skip
         skinny.linear_add_(x_TH, weight_OH, residual_TO, bias_O)
+
+
+MANY = 1024  # tokens
+
+
+class TritonManyTokens:
+    """`ResidualKernels` for many tokens on GPUs: cuBLAS's products, which add to the residual as they write.
+
+    A norm that does not add reads and writes half as much. On an H200, of 67 us for 8,192 tokens of hidden size 4,096 that
+    saves 34, and a product takes 10 longer at most.
+    """
+
+    def __init__(self, kernels: TritonKernels) -> None:
+        self._kernels = kernels
+
+    def takes(self, x_TH: Tensor) -> bool:
+        """Whether this is the way for x."""
+        return x_TH.is_cuda and x_TH.dtype in skinny.DTYPES and len(x_TH) > MANY
+
+    def linear(
+        self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None
+    ) -> Tensor:
+        x_TH = x_TH if norm is None else self._kernels.rms_norm(x_TH, *norm)
+        return self._kernels.linear(x_TH, weight_OH, bias_O)
+
+    def linear_silu_mul(
+        self,
+        x_TH: Tensor,
+        weight_O2H: Tensor,
+        bias_O2: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+    ) -> Tensor:
+        x_TH = x_TH if norm is None else self._kernels.rms_norm(x_TH, *norm)
+        return self._kernels.linear_silu_mul(x_TH, weight_O2H, bias_O2)
+
+    def linear_add_(
+        self, x_TH: Tensor, weight_OH: Tensor, residual_TO: Tensor, bias_O: Tensor | None = None
+    ) -> None:  # fmt: skip
+        if bias_O is None:
+            residual_TO.addmm_(x_TH, weight_OH.t())
+        else:
+            residual_TO += self._kernels.linear(x_TH, weight_OH, bias_O)
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
