@@ -21,11 +21,13 @@ run_tests() { # name, tests
 run_tests kernels tests/kernels &
 run_tests engine tests/engine/test_gpu.py tests/engine/test_gpu_few_tokens.py tests/worker/test_host_memory.py &
 run_tests logits tests/engine/test_bf16_logits.py &
-run_tests triton tests/attention/test_triton_attention.py &
+run_tests triton tests/attention/test_triton_attention.py -k "float64" &
+run_tests triton-random tests/attention/test_triton_attention.py -k "random" &
+run_tests triton-rest tests/attention/test_triton_attention.py -k "not float64 and not random" &
 run_tests gluon tests/attention/test_gluon_attention.py -k "float64 or random" &
 run_tests gluon-rest tests/attention/test_gluon_attention.py -k "not float64 and not random" &
 wait
-for name in kernels engine logits triton gluon gluon-rest; do
+for name in kernels engine logits triton triton-random triton-rest gluon gluon-rest; do
     echo "== $name"
     tail -n 12 "$OUT/$name.log" | cut -c1-180
 done
