@@ -58,6 +58,23 @@ class Tile:
 
 
 @triton.jit
+def _prefetch(kv_ptr, kv_head, block_T, key_T, num_blocks, kv_stride_b, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+              VALUES: tl.constexpr):  # fmt: skip
+    """Asks for these keys and their values to be brought into L2, by lines of 128 bytes."""
+    LINE: tl.constexpr = 128 * 8 // kv_ptr.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = (HEAD_SIZE + LINE - 1) // LINE
+    # Before the wait a table may still be being written: whatever it holds, nothing beyond the cache is asked for.
+    block_T = tl.minimum(tl.maximum(block_T, 0), num_blocks - 1).to(tl.int64)
+    key_ptr_T = kv_ptr + kv_head * (BLOCK_SIZE * HEAD_SIZE) + block_T * kv_stride_b + key_T % BLOCK_SIZE * HEAD_SIZE
+    for line in tl.static_range(LINES):
+        for part in tl.static_range(2):
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(key_ptr_T + (line * LINE + part * VALUES)).to(tl.int64)],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+
+
+@triton.jit
 def _merge_slots(
     o_ptr, partial_o_ptr, partial_lse_ptr, first_token, num_tokens, first_slot, num_slots, kv_head, partial_rows,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, FIRST: tl.constexpr, D: tl.constexpr,
@@ -100,12 +117,12 @@ def _merge_slots(
 
 # What changes from step to step is not specialised on: 1 and multiples of 16 would each be compiled anew while serving.
 @triton.jit(
-    do_not_specialize=["window", "table_stride", "partial_rows"],
+    do_not_specialize=["window", "table_stride", "partial_rows", "num_blocks"],
     do_not_specialize_on_alignment=["tables_ptr", "items_ptr", "count_ptr", "merges_ptr", "arrivals_ptr"],
 )
 def _attend(
     q_ptr, kv_ptr, tables_ptr, o_ptr, partial_o_ptr, partial_lse_ptr, items_ptr, count_ptr, merges_ptr, arrivals_ptr,
-    score_scale, tanh_scale, window, q_stride_t, q_stride_n, table_stride, partial_rows,
+    score_scale, tanh_scale, window, q_stride_t, q_stride_n, table_stride, partial_rows, num_blocks,
     kv_stride_b,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, D_LOW: tl.constexpr, D_HIGH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD_RUN: tl.constexpr,
@@ -120,12 +137,14 @@ def _attend(
     """
     if PDL:
         dependent.release()
-        dependent.wait()
     program = tl.program_id(0)
     run = program // (HEAD_RUN * NUM_KV_HEADS)
     kv_head = program % (HEAD_RUN * NUM_KV_HEADS) // HEAD_RUN
     item = run * HEAD_RUN + program % HEAD_RUN
+    # The lists, which were copied here before the first kernel of the step, may be read before the wait.
     if item >= tl.load(count_ptr):
+        if PDL:
+            dependent.wait()
         return
     item_ptr = items_ptr + item * 8
     sequence = tl.load(item_ptr)
@@ -135,6 +154,16 @@ def _attend(
     begin = tl.load(item_ptr + 4)
     end = tl.load(item_ptr + 5)
     slot = tl.load(item_ptr + 6)
+    table_ptr = tables_ptr + sequence.to(tl.int64) * table_stride
+    VALUES: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_SIZE  # from a key to its value
+    if PDL:
+        if ROWS < 64:  # few of these programs are there at once, and wait for memory
+            first_T = tl.minimum(begin + tl.arange(0, KEYS), end - 1).to(tl.uint32)
+            _prefetch(
+                kv_ptr, kv_head, tl.load(table_ptr + first_T // BLOCK_SIZE), first_T, num_blocks, kv_stride_b,
+                HEAD_SIZE, BLOCK_SIZE, VALUES,
+            )  # fmt: skip
+        dependent.wait()
 
     row_R = tl.arange(0, ROWS)
     token_R = row_R // GROUP
@@ -159,9 +188,7 @@ def _attend(
     # Everything before unmasked_end is seen by all rows, unless a window's left edge says otherwise.
     unmasked_end = tl.minimum(end, first_position + 1) if CAUSAL else end
     last_position = first_position + num_tokens - 1
-    table_ptr = tables_ptr + sequence.to(tl.int64) * table_stride
     k_ptr = kv_ptr + kv_head * (BLOCK_SIZE * HEAD_SIZE)
-    VALUES: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_SIZE  # from a key to its value
     # Keys past the end are replaced by the last one, and masked: a slot that holds no token may hold NaN, so it is not read.
     # Blocks are looked up one turn ahead, so that what the loop waits for are keys and values alone. Unsigned: // is a shift.
     block_T = tl.load(table_ptr + tl.minimum(begin + tl.arange(0, KEYS), end - 1).to(tl.uint32) // BLOCK_SIZE)
@@ -380,7 +407,7 @@ def attend(
     _attend[(-(-grid_items // tile.head_run) * tile.head_run * num_kv_heads,)](
         q_TND, kv_B2KSD, block_tables_SB, o_TND, partial_o, partial_lse, items_I8, count_1, merges_E4, arrivals_EK,
         (softcap if softcap else scale) * LOG2_E, 2 * LOG2_E * scale / softcap if softcap else 0.0, window or 0,
-        *q_TND.stride()[:2], block_tables_SB.stride(0), partial_rows, kv_B2KSD.stride(0),
+        *q_TND.stride()[:2], block_tables_SB.stride(0), partial_rows, len(kv_B2KSD), kv_B2KSD.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, HEAD_SIZE=head_size, D_LOW=low, D_HIGH=high,
         BLOCK_SIZE=block_size, ROWS=tile.num_rows, KEYS=tile.num_keys, HEAD_RUN=tile.head_run, CAUSAL=causal,
         HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, ALWAYS_MASK=tile.num_rows < 64,
