@@ -43,7 +43,7 @@ def check_way(llm: LLM, options: dict[str, Any]) -> None:
     else:
         assert runner.graphs.num_replays > 5
         assert runner.graphs.num_mixed_replays > 0
-        assert runner.graphs.num_captures >= 2 * len(runner.graphs.sizes) + len(runner.graphs.mixed_sizes)
+        assert runner.graphs.num_captures >= 2 * len(runner.graphs.sizes.decode) + len(runner.graphs.sizes.mixed)
 
 
 def test_nothing_is_left_to_compile_when_graphs_are_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_long_prompts_in_mixed_graphs(tiny_model: Path) -> None:
             assert_nothing_leaked(llm.engine)
             check_way(llm, options)
             if not options.get("enforce_eager"):
-                assert any(long for _, long in llm.engine.executor.worker.runner.graphs._made_mixed)
+                assert any(long for _, long in llm.engine.executor.worker.runner.graphs.sizes._made_mixed)
             tokens = [list(output.outputs[0].token_ids) for output in outputs]
             assert tokens == [list(output.outputs[0].token_ids) for output in repeated]
             found.append(tokens)

@@ -13,7 +13,8 @@ import torch
 from quire import LLM, BeamSearchParams, SamplingParams
 from quire.core.cache_group import CacheGroup
 from quire.core.step import NewRow, SchedulerOutput, TableUpdate
-from quire.worker.graph_runner import GraphRunner, graph_sizes, mixed_sizes
+from quire.worker.graph_runner import GraphRunner
+from quire.worker.graph_sizes import graph_sizes, mixed_sizes
 from quire.worker.input_batch import InputBatch, PackedInputBatch, Packing, joined_updates
 from quire.worker.model_runner import Way
 from support import assert_nothing_leaked
@@ -54,7 +55,9 @@ def answers(model: Path, *, graphs: str = "", mixed: int = 0, **options: Any) ->
             )  # fmt: skip
             if graphs == "captured":
                 runner.graphs.capture_all()
-                assert runner.graphs.num_captures == 2 * len(runner.graphs.sizes) + len(runner.graphs.mixed_sizes)
+                assert runner.graphs.num_captures == 2 * len(runner.graphs.sizes.decode) + len(
+                    runner.graphs.sizes.mixed
+                )
         outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
         assert_nothing_leaked(llm.engine)
         if options.get("attention_backend") == "triton":
