@@ -5,23 +5,15 @@
 
 import pytest
 import torch
-
-from triton_interpreter import HAS_CUDA  # isort: skip
+from linear_support import DEVICE, HAS_CUDA, MARKS, close, on_the_card, random
 
 from quire.kernels.torch_ops import TorchKernels, TorchResidual
 from quire.kernels.triton import linear
 from quire.kernels.triton.fused import TritonKernels, TritonManyTokens
 from quire.kernels.triton.linear import Tile
 
-DEVICE = "cuda" if HAS_CUDA else "cpu"
-pytestmark = [pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
-if HAS_CUDA:
-    pytestmark.append(pytest.mark.gpu)
-on_the_card = pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device on this machine")
+pytestmark = MARKS
 
-# Relative errors of whole results. The interpreter cuts bf16 off instead of rounding it; the card's matrix units cut off
-# their fp32 sums: 1.6e-5 in all over 14,336 inputs.
-TOLERANCE = {torch.bfloat16: 5e-3 if HAS_CUDA else 2e-2, torch.float16: 1e-3, torch.float32: 3e-5 if HAS_CUDA else 1e-6}
 REAL = [
     (1024, 4096),
     (2048, 1024),
@@ -38,20 +30,6 @@ twin = TorchKernels()
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def random(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, rounded: torch.Tensor | None = None) -> None:
-    """`rounded`: the twin's result in the same type, whose roundings in between may cost more than the tolerance."""
-    assert actual.shape == expected.shape and actual.isfinite().all()
-    error, rounding = (
-        0.0 if found is None else float((found.double() - expected).norm() / expected.norm())
-        for found in (actual, rounded)
-    )
-    assert error < max(TOLERANCE[actual.dtype], 1.1 * rounding), f"relative error {error:.2e}"
 
 
 def check(tokens: int, size: int, outputs: int, dtype: torch.dtype, tile: Tile | None, *, bias: bool) -> None:

@@ -5,22 +5,15 @@
 
 import pytest
 import torch
-
-from triton_interpreter import HAS_CUDA  # isort: skip
+from linear_support import DEVICE, HAS_CUDA, MARKS, close, on_the_card, random
 
 from quire.kernels.torch_ops import TorchKernels, TorchResidual
 from quire.kernels.triton import dependent, skinny
 from quire.kernels.triton.fused import TritonFewTokens, TritonKernels
 from quire.kernels.triton.skinny import Tile
 
-DEVICE = "cuda" if HAS_CUDA else "cpu"
-pytestmark = [pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
-if HAS_CUDA:
-    pytestmark.append(pytest.mark.gpu)
-on_the_card = pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device on this machine")
+pytestmark = MARKS
 
-# Relative errors of whole results. The interpreter cuts bf16 off instead of rounding it.
-TOLERANCE = {torch.bfloat16: 5e-3 if HAS_CUDA else 2e-2, torch.float16: 1e-3}
 TILES = [None, Tile(4, 32, 1), Tile(2, 64, 2)]
 REAL = [(1024, 4096), (2048, 1024), (1024, 3072), (3072, 1024), (4096, 6144), (4096, 14336), (14336, 4096)]
 
@@ -28,19 +21,6 @@ REAL = [(1024, 4096), (2048, 1024), (1024, 3072), (3072, 1024), (4096, 6144), (4
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def random(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, rounded: torch.Tensor | None = None) -> None:
-    """`rounded`: the twin's result in the same type, whose roundings in between may cost more than the tolerance."""
-    error, rounding = (
-        0.0 if found is None else float((found.double() - expected).norm() / expected.norm())
-        for found in (actual, rounded)
-    )
-    assert error < max(TOLERANCE[actual.dtype], 1.1 * rounding), f"relative error {error:.2e}"
 
 
 def check(
