@@ -69,8 +69,8 @@ class Costs:
     min_piece: int
 
 
-LOW_COSTS = {1: Costs(150, 0, 0.2, 128), 2: Costs(20, 320, 0.4, 128), 3: Costs(60, 240, 0.28, 128)}
-"""By how many programs share a multiprocessor. Fitted to 28, 13 and 15 batches that were timed at up to 14 cuts each."""
+LOW_COSTS = {1: Costs(150, 0, 0.2, 128), 2: Costs(20, 320, 0.4, 128), 3: Costs(20, 800, 0.28, 128)}
+"""By how many programs share a multiprocessor. Fitted to 32, 20 and 19 batches that were timed at up to 14 cuts each."""
 HIGH_COSTS = Costs(64, 60, 0.6, 256)
 
 _PARTS = np.arange(1, 5)
