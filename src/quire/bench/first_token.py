@@ -98,7 +98,8 @@ def _watch_worker(parts: Parts, worker: Any, wait: Callable[[], None], on_gpu: b
                 compiled["seconds"] += times.total / 1e6
 
         knobs.compilation.listener = note
-        parts.watch(graph_runner.GraphRunner, "capture_all", "graphs captured, kernels compiled", wait)
+        parts.watch(graph_runner.GraphRunner, "compile_ahead", "kernels compiled or found", wait)
+        parts.watch(graph_runner.GraphRunner, "capture_all", "graphs captured", wait)
     return compiled
 
 
