@@ -12,6 +12,7 @@ import pytest
 
 from quire import cli
 from quire.bench import first_token, rates, startup
+from quire.bench import peer as peer_module
 from quire.bench.floors import Ceilings
 from quire.bench.long_prompt import gap_row
 from quire.bench.subject import Subject, decode_params
@@ -59,12 +60,22 @@ def test_throughput_without_a_profile_has_none(bench: Any) -> None:
     assert "step kernels" not in found and "kernels ms" not in found["steps"][0]
 
 
-def test_a_peer_answers_a_part_of_the_list(bench: Any) -> None:
+def test_a_peer_answers_a_part_of_the_list_in_batches(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    found = bench("throughput", "--num-prompts", "4", "--repeat", "1", "--peer", "transformers", "--peer-requests", "2")
+    generated: list[int] = []
+    generate = peer_module._generate
+
+    def counted(model: Any, device: str, batch: peer_module.Batch, temperature: float) -> float:
+        generated.append(len(batch[0]))
+        return generate(model, device, batch, temperature)
+
+    monkeypatch.setattr(peer_module, "_generate", counted)
+    options = ["--peer", "transformers", "--peer-requests", "3", "--peer-batch", "2"]
+    found = bench("throughput", "--num-prompts", "4", "--repeat", "1", *options)
+    assert generated == [2, 2, 1], "a warm-up, a batch, and what is left"
     whole, part, peer = found["rows"]
     assert [row["engine"] for row in found["rows"]] == ["quire", "quire", "transformers"]
-    assert [row["requests"] for row in found["rows"]] == [4, 2, 2]
+    assert [row["requests"] for row in found["rows"]] == [4, 3, 3]
     assert whole["times the peer"] is None and peer["times the peer"] == 1
     assert part["times the peer"] == pytest.approx(peer["seconds"] / part["seconds"])
     # the same useful tokens, whatever the static batch computed beside them

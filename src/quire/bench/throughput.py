@@ -31,9 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--temperature", type=float, default=0.0)
     what.add_argument("--repeat", type=int, default=3, help="medians of so many runs are reported (3)")
     what.add_argument("--peer", choices=["transformers"], help="run a part of the list through this peer as well, once")
-    what.add_argument(
-        "--peer-requests", type=int, default=128, help="the part: the first N of the list, one static batch (128)"
-    )
+    what.add_argument("--peer-requests", type=int, default=128, help="the part: the first N of the list (128)")
+    what.add_argument("--peer-batch", type=int, default=128, help="requests of each of the peer's static batches (128)")
     add_profile_arguments(parser, default=False)
     add_report_arguments(parser)
     add_model_arguments(what, parser)
@@ -44,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
         read_lengths(args.workload) if args.workload else draw_lengths(args.num_prompts or 32, (16, 256), (16, 128))
     )
     lengths = lengths[: args.num_prompts]
-    if not lengths or args.repeat < 1 or args.peer_requests < 1:
-        raise ConfigError("the list, --repeat and --peer-requests must not be empty or below 1")
+    if not lengths or min(args.repeat, args.peer_requests, args.peer_batch) < 1:
+        raise ConfigError("the list, --repeat, --peer-requests and --peer-batch must not be empty or below 1")
     if args.peer:
         peer.check()
     num_in, num_out = (sum(column) for column in zip(*lengths))
@@ -60,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         rows = [_row("quire", times, lengths)]
         if args.peer:
             part = lengths[: args.peer_requests]
+            prompts = prompts[: len(part)]
             if len(part) < len(lengths):
                 again = [_answer(subject, prompts, part, args.temperature) for _ in range(args.repeat)]
                 rows.append(_row("quire", again, part))
@@ -67,8 +67,11 @@ def run(args: argparse.Namespace) -> int:
         dtype = subject.device.dtype
         subject.shutdown()
         if args.peer:
-            longest = max(output for _, output in part)
-            seconds = peer.transformers_seconds(config, dtype, prompts[: len(part)], longest, args.temperature)
+            batches = [
+                (prompts[i : i + args.peer_batch], max(output for _, output in part[i : i + args.peer_batch]))
+                for i in range(0, len(part), args.peer_batch)
+            ]
+            seconds = peer.transformers_seconds(config, dtype, batches, args.temperature)
             rows.append(_row(args.peer, [seconds], part))
             for row in rows[-2:]:
                 row["times the peer"] = row["output tok/s"] / rows[-1]["output tok/s"]
