@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from pretend import Trial, fuzz
 
-from quire.core import admission, kv_cache, scheduler
+from quire.core import admission, in_flight, kv_cache, scheduler
 from quire.core.admission import AdmissionControl
 from quire.core.batch import UNLIMITED, Batch
 from quire.core.beam_groups import BeamGroups
 from quire.core.block_pool import BlockPool
+from quire.core.in_flight import StepsInFlight
 from quire.core.kv_cache import KVCacheManager
 from quire.core.prefix_cache import PrefixCache
 from quire.core.rows import RowKeeper
-from quire.core.scheduler import Scheduler
 from quire.core.sequence import Sequence, Status
 from quire.core.transfers import Transfers
 
@@ -141,16 +141,16 @@ def swap_in_does_not_wait_for_swap_out(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_guesses_are_not_rewound(patch: pytest.MonkeyPatch) -> None:
-    append = Scheduler._append_special
+    append = StepsInFlight._append_special
 
     def broken(self, flight, result, sample, given):
         sequence = flight.sequences[flight.sample_index[sample]]
-        row, before = sequence.row, self.batch.num_scheduled[sequence.row]
+        row, before = sequence.row, self._batch.num_scheduled[sequence.row]
         append(self, flight, result, sample, given)
         if sequence.row == row >= 0 and sample in result.accepted:
-            self.batch.num_scheduled[row] = before
+            self._batch.num_scheduled[row] = before
 
-    patch.setattr(Scheduler, "_append_special", broken)
+    patch.setattr(StepsInFlight, "_append_special", broken)
 
 
 def late_token_goes_to_the_next_tenant(patch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def aborted_swapped_group_keeps_host_blocks(patch: pytest.MonkeyPatch) -> None:
 
 
 def tokens_behind_the_end_are_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(scheduler, "cut_behind_end", lambda sequence, tokens: None)
+    patch.setattr(in_flight, "cut_behind_end", lambda sequence, tokens: None)
 
 
 def budget_is_not_shared(patch: pytest.MonkeyPatch) -> None:

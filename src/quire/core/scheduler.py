@@ -11,7 +11,7 @@ let in first that were given least (`fairness`).
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -23,6 +23,8 @@ from quire.core.beam_groups import BeamGroups
 from quire.core.budget import TokenBudget
 from quire.core.fairness import FairQueue, ServiceCounters
 from quire.core.forks import WaitingForks
+from quire.core.in_flight import StepsInFlight
+from quire.core.in_flight import StepTokens as StepTokens  # callers of `update` find it here
 from quire.core.journal import PreemptionNote, PrefixNote, Shortage
 from quire.core.kv_cache import AllocationPlan, KVCacheManager, PrefixHit
 from quire.core.preemption import (
@@ -37,39 +39,11 @@ from quire.core.preemption import (
 from quire.core.rows import RowKeeper
 from quire.core.sequence import FinishReason, RequestGroup, Sequence, Status
 from quire.core.step import Direction, SchedulerOutput, StepOutput
-from quire.core.stop import cut_behind_end, find_end
 from quire.core.transfers import Transfers
 from quire.core.victims import facts_of, over_its_share
 
 ROW_DTYPE = np.intp  # what indexes; messages to the worker are int32
 ARRIVAL_GAP = 1 << 20  # numbers between two arrivals, for the groups that are forked from the first
-
-
-@dataclass(slots=True)
-class StepTokens:
-    """What a step gave: `token_ids[i]` is a new token of `sequences[i]`, drawn by sample `samples[i]` of the StepOutput. A
-    sequence with several new tokens stands there several times. Sequences that ended are in `finished`, also those that got
-    no token, by an error."""
-
-    sequences: list[Sequence] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    samples: list[int] = field(default_factory=list)
-    finished: list[Sequence] = field(default_factory=list)
-    beam_groups: list[RequestGroup] = field(default_factory=list)  # whose beams have moved on by a token
-    prompt_entries: list[tuple[Sequence, int, int]] = field(default_factory=list)  # sequence, entry, first position
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A step that was handed to the worker: who is in it, so that its result finds them even if they have left their row."""
-
-    output: SchedulerOutput
-    rows: np.ndarray  # scheduled rows, then those that were forked in this step
-    ends: np.ndarray  # their num_scheduled when the step has run
-    epochs: np.ndarray
-    sequences: np.ndarray
-    sample_index: np.ndarray  # sample -> index into the above
-    is_beam: np.ndarray  # bool, by sample
 
 
 @dataclass(slots=True)
@@ -126,11 +100,11 @@ class Scheduler:
         self._groups: dict[str, RequestGroup] = {}
         self._queue = FairQueue(self.counters)
         self._guard = ResumeGuard()
-        self._flights: deque[_Flight] = deque()
         self._rows = RowKeeper(batch, kv)
         self._forks = WaitingForks(batch, kv)
         self._beams = BeamGroups(self._rows, self._leave_row)
         self._transfers = Transfers(batch, kv, self.counts.swapped_blocks)
+        self._in_flight = StepsInFlight(batch, kv, self._forks, self._beams, self._transfers, self._budget, self.policy)
         self._drafts = self._budget.drafts
         self._held_in_vain: RequestGroup | None = None  # tokens were held back for it, and it was not let in
         self._next_arrival = 0
@@ -222,12 +196,12 @@ class Scheduler:
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._flights)
+        return len(self._in_flight)
 
     # -- plan a step ---------------------------------------------------------------------------------------------------
     def schedule(self) -> SchedulerOutput | None:
         """The next step, or None if there is nothing to do before a step in flight comes back."""
-        if len(self._flights) >= self.max_steps_in_flight:
+        if len(self._in_flight) >= self.max_steps_in_flight:
             return None
         self._forks.run()
         next_in = self._budget.next_in = self._displace() if self.counters.num_clients > 1 else None
@@ -271,7 +245,7 @@ class Scheduler:
             is_alone = batch.sequences[batch.rows_in_order()[0]].group is victim
             if plan.total <= pool.num_free + coming or is_alone:
                 # what is missing is on its way: the last ones wait for it
-                assert coming or len(rows) > 1 or self._flights, "a group that was admitted alone does not fit"
+                assert coming or len(rows) > 1 or self._in_flight, "a group that was admitted alone does not fit"
                 fitting = int(np.searchsorted(np.cumsum(plan.needed), pool.num_free, side="right"))
                 keep = min(fitting, len(rows) - 1)
                 for row in rows[keep:].tolist():
@@ -433,7 +407,7 @@ class Scheduler:
             rows, starts, counts = (np.concatenate(column) for column in zip(*parts))
             kept = counts > 0
             rows, starts, counts = rows[kept], starts[kept], counts[kept]
-        is_polling = self.kv.has_transfers and not self._flights
+        is_polling = self.kv.has_transfers and not self._in_flight
         if not len(rows) and not self._transfers.are_ordered and not is_polling:
             return None
         step = self._next_step
@@ -485,8 +459,7 @@ class Scheduler:
             copies=copies,
             draft_token_ids=drafts,
         )
-        epochs, sequences = batch.epoch[all_rows], batch.sequences[all_rows]
-        self._flights.append(_Flight(output, all_rows, all_ends, epochs, sequences, sample_index, is_beam > 0))
+        self._in_flight.add(output, all_rows, all_ends, sample_index, is_beam > 0)
         self.counts.steps += 1
         self.counts.tokens += int(np.add.reduce(counts))
         return output
@@ -528,153 +501,7 @@ class Scheduler:
     # -- a step comes back ---------------------------------------------------------------------------------------------
     def update(self, result: StepOutput) -> StepTokens:
         """Takes the result of the oldest step in flight: appends tokens, ends sequences, publishes full blocks."""
-        flight = self._flights.popleft()
-        assert flight.output.step_id == result.step_id, "steps come back in order"
-        batch, kv = self.batch, self.kv
-        self._finish_transfers(result.finished_transfers)
-        kv.pool.complete_step(result.step_id)
-        kv.host_pool.complete_step(result.step_id)
-        self._measure(flight.output, result)
-        given = StepTokens()
-        here = batch.epoch[flight.rows] == flight.epochs
-        rows, ends = flight.rows, flight.ends
-        if np.count_nonzero(here) < len(rows):
-            rows, ends = rows[here], ends[here]
-            for i in np.flatnonzero(~here).tolist():
-                sequence = flight.sequences[i]
-                if sequence.status is Status.SWAPPED:
-                    sequence.set_computed(int(flight.ends[i]))
-        batch.num_computed[rows] = ends
-        for entry in result.prompt_logprobs:
-            if not flight.sequences[entry].is_finished:  # another request may have its id by now
-                given.prompt_entries.append((flight.sequences[entry], entry, int(flight.output.starts[entry])))
-
-        token_ids = np.asarray(result.token_ids, dtype=np.int32)
-        plain = here[flight.sample_index] & ~flight.is_beam
-        if result.errors:
-            plain[list(result.errors)] = False
-        if flight.output.draft_token_ids:
-            plain &= ~np.isin(flight.sample_index, list(flight.output.draft_token_ids))
-        samples = plain.nonzero()[0]
-        self._append(flight, token_ids, samples, given)
-        if len(samples) < len(plain):
-            for sample in np.flatnonzero(~plain).tolist():
-                self._append_special(flight, result, sample, given)
-        # after the new tokens are known: a full block's name needs none of them, but its owner may have ended
-        self._publish(flight, here)
-        given.beam_groups, ended = self._beams.decide()
-        given.finished += ended
-        for sample, guesses in result.draft_token_ids.items():
-            sequence = flight.sequences[flight.sample_index[sample]]
-            if sequence.status is Status.RUNNING:
-                self._drafts[sequence.row] = guesses
+        given = self._in_flight.complete(result)
         for sequence in given.finished:
             self.finish(sequence, sequence.finish_reason or FinishReason.STOP, sequence.stop_reason)
         return given
-
-    def _measure(self, output: SchedulerOutput, result: StepOutput) -> None:
-        """What the step tells of the machine: what tokens cost, and how fast blocks move."""
-        decoding = int(np.count_nonzero(output.num_tokens == 1))
-        prefill = output.total_num_tokens - decoding
-        seconds = result.elapsed_s - result.transfer_s
-        if len(output.rows):
-            if self.step_target_s is not None:
-                self._budget.pace.observe(decoding, prefill, int(output.starts.sum()), seconds)
-            if prefill > 3 * decoding:
-                self.policy.note_prefill(prefill, seconds)
-        moved = sum(len(transfer.pairs) for transfer in (*output.swap_out, *output.swap_in))
-        if moved and result.transfer_s:
-            block_bytes = self.kv.groups[0].block_bytes(self.kv.block_size)  # every cache group's
-            self.policy.note_transfer(moved * block_bytes, result.transfer_s)
-
-    def _append(self, flight: _Flight, token_ids: np.ndarray, samples: np.ndarray, given: StepTokens) -> None:
-        """One token each for sequences that are where they were: the way of nearly all tokens, in arrays."""
-        if not len(samples):
-            return
-        batch = self.batch
-        rows = flight.rows[flight.sample_index[samples]]
-        tokens = token_ids[samples]
-        counts = batch.num_tokens[rows]
-        batch.token_ids[rows, counts] = tokens
-        counts += 1
-        batch.num_tokens[rows] = counts
-        batch.num_pending[rows] -= 1
-        sequences = batch.sequences[rows]
-        given.sequences += sequences.tolist()
-        given.token_ids += tokens.tolist()
-        given.samples += samples.tolist()
-        stopped = np.logical_or.reduce(batch.stop_ids[rows] == tokens[:, None], 1) & (counts >= batch.min_total[rows])
-        ended = stopped | (counts >= batch.max_total[rows]) | batch.has_many_stop_ids[rows]
-        for i in ended.nonzero()[0].tolist():
-            self._check_end(sequences[i], given)
-
-    def _append_special(self, flight: _Flight, result: StepOutput, sample: int, given: StepTokens) -> None:
-        """A sample that failed, gave several tokens or candidates, or whose sequence has left its row."""
-        index = int(flight.sample_index[sample])
-        sequence: Sequence = flight.sequences[index]
-        if sequence.is_finished:
-            return
-        if sample in result.errors:
-            sequence.finish_reason, sequence.error = FinishReason.ERROR, result.errors[sample]
-            given.finished.append(sequence)  # of a beam search, all beams with it
-            return
-        if flight.is_beam[sample]:
-            self._beams.take(sequence, result.candidates[sample])
-            return
-        had_drafts = index in flight.output.draft_token_ids
-        tokens = list(result.accepted.get(sample, [int(result.token_ids[sample])]))
-        if sequence.status is not Status.RUNNING:
-            cut_behind_end(sequence, tokens)
-            sequence.append_while_waiting(tokens)
-            if sequence.status is Status.SWAPPED and had_drafts:
-                sequence.rewind(sequence.num_tokens - 1)
-        else:
-            row, batch = sequence.row, self.batch
-            cut_behind_end(sequence, tokens)
-            count = int(batch.num_tokens[row])
-            batch.token_ids[row, count : count + len(tokens)] = tokens
-            batch.num_tokens[row] = count + len(tokens)
-            batch.num_pending[row] -= 1
-            if had_drafts:
-                # guesses that were wrong have left keys and values behind: the next step writes over them
-                batch.num_scheduled[row] = batch.num_computed[row] = count + len(tokens) - 1
-                self._forks.set_limit(sequence)
-        given.sequences += [sequence] * len(tokens)
-        given.token_ids += tokens
-        given.samples += [sample] * len(tokens)
-        self._check_end(sequence, given)
-
-    @staticmethod
-    def _check_end(sequence: Sequence, given: StepTokens) -> None:
-        end = find_end(sequence)
-        if end is not None:
-            sequence.finish_reason, sequence.stop_reason = end
-            given.finished.append(sequence)
-
-    def _publish(self, flight: _Flight, here: np.ndarray) -> None:
-        """Blocks that this step filled get their names; blocks that windows have left behind are let go."""
-        batch, kv = self.batch, self.kv
-        rows = flight.rows[here]
-        size = kv.block_size
-        if kv.enable_prefix_caching:
-            computed = np.minimum(batch.num_computed[rows], batch.num_tokens[rows])
-            # a row completed a block if a border lies in what it computed: a decoding one is looked at once a block
-            starts = np.zeros(len(flight.rows), dtype=np.int32)
-            starts[: len(flight.output.starts)] = flight.output.starts
-            filled = computed // size > starts[here] // size
-            if np.count_nonzero(filled):
-                kv.publish(rows[filled], computed[filled])
-        kv.free_behind_windows(rows, self._next_step - 1)
-
-    def _finish_transfers(self, transfer_ids: list[int]) -> None:
-        arrived = []
-        for transfer_id in transfer_ids:
-            for sequence in self._transfers.finish(transfer_id):
-                self._forks.set_limit(sequence)
-                self._beams.touch(sequence.group)
-                arrived.append(sequence.row)
-        if not arrived:
-            return
-        rows = np.asarray(arrived, dtype=ROW_DTYPE)
-        self.kv.publish(rows, np.minimum(self.batch.num_computed[rows], self.batch.num_tokens[rows]))
-        self.kv.free_behind_windows(rows, self._next_step - 1)
