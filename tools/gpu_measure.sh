@@ -1,0 +1,75 @@
+#!/bin/sh
+# On a machine with a GPU, from the repository's root: the measurements of docs/performance.md, by part:
+#
+#     tools/gpu_measure.sh PART ... [requests] [lists] [prefill] [kernels] [startup] [http] [long] [rates] [peer] [sanitize]
+#
+# Tables go to the terminal, JSON and pictures to $OUT (default /tmp). WORKLOAD: a JSON list of [prompt tokens, output tokens];
+# TRACE: a CSV of arrivals, for `rates`; TOKENIZER: a directory, for `http`; SHAPES: those to take, of `quire bench --help`.
+# Minutes on an H200, both shapes: requests 1, lists 1, prefill 1, kernels 2, startup 2, http 2, long 1, rates 4, peer 7, sanitize 3.
+set -u
+OUT=${OUT:-/tmp}
+SHAPES=${SHAPES:-"llama-3.1-8b qwen3-0.6b"}
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH="${PYTHONPATH:-src}" TOKENIZERS_PARALLELISM=false COLUMNS="${COLUMNS:-150}"
+DTYPE=${DTYPE:-bfloat16}
+PORT=${PORT:-8000}
+
+bench() { # name of the benchmark, name of its JSON, options
+    name=$1 file=$2
+    shift 2
+    echo "== quire bench $name $*"
+    $PYTHON -m quire bench "$name" --json "$OUT/$file.json" "$@"
+}
+
+engine() { # a benchmark of the engine, as a peer would be measured: no prefix cache, no swap space
+    name=$1 shape=$2
+    shift 2
+    bench "$name" "$name-$shape" --shape "$shape" --dtype "$DTYPE" --swap-space 0 --no-enable-prefix-caching "$@"
+}
+
+http() { # shape; the list through a server, streamed and not
+    directory=$OUT/model-$1
+    mkdir -p "$directory"
+    $PYTHON -c "import json, sys; from quire.bench.shapes import SHAPES; json.dump(SHAPES[sys.argv[1]], sys.stdout)" "$1" \
+        >"$directory/config.json"
+    $PYTHON -m quire serve "$directory" --load-format dummy --tokenizer "$TOKENIZER" --dtype "$DTYPE" --swap-space 0 \
+        --no-enable-prefix-caching --port "$PORT" >"$OUT/serve-$1.log" 2>&1 &
+    server=$!
+    tries=0
+    until $PYTHON -c "import sys, urllib.request as u; u.urlopen(sys.argv[1])" "http://127.0.0.1:$PORT/health" 2>/dev/null; do
+        tries=$((tries + 1))
+        kill -0 $server 2>/dev/null && [ $tries -lt 300 ] || { tail -n 5 "$OUT/serve-$1.log"; return 1; }
+        sleep 0.5
+    done
+    for how in stream no-stream stream no-stream; do
+        bench serve "serve-$1-$how" --url "http://127.0.0.1:$PORT" --workload "$WORKLOAD" --prompt-kind ids \
+            --endpoint completions --request-rate inf --temperature 0.6 --client-processes "${CLIENTS:-4}" --$how
+    done
+    kill -INT $server
+    wait $server
+}
+
+for part in "$@"; do
+    case $part in
+    kernels) bench kernels kernels ;;
+    sanitize) # every kernel once or more, one process, under the checker of memory accesses
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$PYTHONPATH:tests compute-sanitizer --tool memcheck --error-exitcode 9 \
+            $PYTHON -m pytest -q -m gpu -p no:cacheprovider -o filterwarnings=default -o timeout=0 \
+            tests/kernels/test_triton.py tests/attention/test_triton_attention.py tests/attention/test_gluon_attention.py \
+            -k "not random and not real_shapes and not low_tiles" ;;
+    *)
+        for shape in $SHAPES; do
+            case $part in
+            requests) engine decode "$shape" --temperature 0.6 --input-len 512 --output-len 256 --max-num-seqs 16 --repeat 2 ;;
+            lists) engine throughput "$shape" --temperature 0.6 --workload "$WORKLOAD" --repeat 1 --profile --svg "$OUT/step-$shape.svg" ;;
+            prefill) engine prefill "$shape" --num-prompts 64 --input-len 2048 --profile ;;
+            startup) bench startup "startup-$shape" --shape "$shape" --dtype "$DTYPE" ;;
+            http) http "$shape" ;;
+            long) engine long-prompt "$shape" --prompt-len "${LONG:-128000}" --step-target-ms 50 --max-model-len "$((${LONG:-128000} + 64))" ;;
+            rates) engine rates "$shape" --workload "$TRACE" --first-rate 4 --seconds 20 --svg "$OUT/rates-$shape.svg" ;;
+            peer) engine throughput "$shape" --temperature 0.6 --workload "$WORKLOAD" --repeat 1 --peer transformers --peer-requests 256 ;;
+            *) echo "no part is called $part" >&2; exit 2 ;;
+            esac
+        done ;;
+    esac
+done
