@@ -1,5 +1,6 @@
 """What loads what: the import rules, and that planning needs no torch."""
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -47,3 +48,16 @@ def test_public_names_are_there() -> None:
         assert getattr(quire, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Missing'"):
         _ = quire.Missing
+
+
+@pytest.mark.parametrize(
+    ("chosen", "spins"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=str,
+)
+def test_waiting_threads_sleep_soon_unless_somebody_has_chosen(chosen: dict[str, str], spins: str) -> None:
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | chosen
+    program = "import quire, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    command = [sys.executable, "-c", program]
+    assert subprocess.check_output(command, env=environment, text=True).strip() == spins

@@ -6,6 +6,7 @@
 Names are imported when they are first used, so that `import quire` loads no torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,11 @@ _HOME = {
     "RequestOutput": "quire.outputs",
     "SamplingParams": "quire.sampling_params",
 }
+
+# For OpenMP's library, which reads it when torch loads it: threads that wait for each other spin for tens of microseconds, then
+# sleep. Its own choice is milliseconds, in which they keep the core from the one that they wait for, if others are busy too.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 __all__ = [
     "LLM",

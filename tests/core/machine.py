@@ -9,9 +9,10 @@ from pretend import PretendWorker, first_visible, next_token
 from quire.core.accounting import measure
 from quire.core.batch import Batch
 from quire.core.cache_group import CacheGroup
+from quire.core.in_flight import StepTokens
 from quire.core.kv_cache import KVCacheManager
 from quire.core.preemption import Always, Preemption, PreemptionPolicy
-from quire.core.scheduler import Scheduler, StepTokens
+from quire.core.scheduler import Scheduler
 from quire.core.sequence import RequestGroup, Sequence
 from quire.core.step import SchedulerOutput
 from quire.sampling_params import SamplingParams

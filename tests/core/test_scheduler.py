@@ -4,8 +4,9 @@ import pytest
 from machine import RECOMPUTE, SIZE, SWAP, Machine
 
 from quire.core.batch import MAX_STOP_IDS
+from quire.core.in_flight import StepTokens
 from quire.core.preemption import Preemption, PreemptionPolicy, SwapForks
-from quire.core.scheduler import Shortage, StepTokens
+from quire.core.scheduler import Shortage
 from quire.core.sequence import FinishReason, RequestGroup, Status
 from quire.core.step import SchedulerOutput
 from quire.errors import RequestError

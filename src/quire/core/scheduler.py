@@ -23,8 +23,7 @@ from quire.core.beam_groups import BeamGroups
 from quire.core.budget import TokenBudget
 from quire.core.fairness import FairQueue, ServiceCounters
 from quire.core.forks import WaitingForks
-from quire.core.in_flight import StepsInFlight
-from quire.core.in_flight import StepTokens as StepTokens  # callers of `update` find it here
+from quire.core.in_flight import StepsInFlight, StepTokens
 from quire.core.journal import PreemptionNote, PrefixNote, Shortage
 from quire.core.kv_cache import AllocationPlan, KVCacheManager, PrefixHit
 from quire.core.preemption import (

@@ -24,11 +24,12 @@ from quire.core.accounting import SlotUsage, measure
 from quire.core.batch import Batch
 from quire.core.cache_group import form_groups
 from quire.core.fairness import ServiceCounters
+from quire.core.in_flight import StepTokens
 from quire.core.journal import PreemptionNote
 from quire.core.kv_cache import KVCacheManager
 from quire.core.memory_plan import MemoryPlan, format_bytes, plan_memory
 from quire.core.preemption import Always, CheaperOf, Preemption, PreemptionPolicy, SwapForks
-from quire.core.scheduler import Scheduler, StepTokens
+from quire.core.scheduler import Scheduler
 from quire.core.sequence import FinishReason, RequestGroup
 from quire.core.sequence import Sequence as TokenSequence
 from quire.core.step import SchedulerOutput, StepOutput
