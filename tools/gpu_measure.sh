@@ -38,7 +38,7 @@ http() { # shape; the list through a server, streamed and not
     tries=0
     until $PYTHON -c "import sys, urllib.request as u; u.urlopen(sys.argv[1])" "http://127.0.0.1:$PORT/health" 2>/dev/null; do
         tries=$((tries + 1))
-        kill -0 $server 2>/dev/null && [ $tries -lt 300 ] || { tail -n 5 "$OUT/serve-$1.log"; return 1; }
+        kill -0 $server 2>/dev/null && [ $tries -lt 300 ] || { tail -n 5 "$OUT/serve-$1.log"; kill $server; return 1; }
         sleep 0.5
     done
     for how in stream no-stream stream no-stream; do
@@ -63,7 +63,7 @@ for part in "$@"; do
             requests) engine decode "$shape" --temperature 0.6 --input-len 512 --output-len 256 --max-num-seqs 16 --repeat 2 ;;
             lists) engine throughput "$shape" --temperature 0.6 --workload "$WORKLOAD" --repeat 1 --profile --svg "$OUT/step-$shape.svg" ;;
             prefill) engine prefill "$shape" --num-prompts 64 --input-len 2048 --profile ;;
-            startup) bench startup "startup-$shape" --shape "$shape" --dtype "$DTYPE" ;;
+            startup) bench startup "startup-$shape" --shape "$shape" --dtype "$DTYPE" ${STARTUP_OPTIONS:-} ;;
             http) http "$shape" ;;
             long) engine long-prompt "$shape" --prompt-len "${LONG:-128000}" --step-target-ms 50 --max-model-len "$((${LONG:-128000} + 64))" ;;
             rates) engine rates "$shape" --workload "$TRACE" --first-rate 4 --seconds 20 --svg "$OUT/rates-$shape.svg" ;;

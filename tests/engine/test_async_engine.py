@@ -1,6 +1,8 @@
 """`AsyncEngine`: streams, aborts, and what callers hear when the engine dies. No test waits for a clock."""
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -200,4 +202,66 @@ def test_an_id_may_come_again_as_soon_as_its_stream_is_closed(engine: AsyncEngin
         return last
 
     assert len(asyncio.run(again())[-1].outputs[0].token_ids) == 3
+    assert_nothing_leaked(engine.engine)
+
+
+def test_leaving_an_old_stream_leaves_a_later_request_of_its_id_alone(engine: AsyncEngine) -> None:
+    short, longer = (SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (3, 200))
+
+    async def both() -> list[RequestOutput]:
+        old = engine.generate([5] * 9, short, "same")
+        await anext(old)
+        await idle(engine)  # it has ended; who reads it does not know yet
+        new = engine.generate([6] * 4, longer, "same")
+        await anext(new)
+        await old.aclose()
+        return await asyncio.wait_for(collect(new), 60)
+
+    outputs = asyncio.run(both())
+    assert outputs[-1].finished and len(outputs[-1].outputs[0].token_ids) == 200
+    assert_nothing_leaked(engine.engine)
+
+
+def test_the_end_of_an_aborted_request_is_not_told_to_a_later_one_of_its_id(engine: AsyncEngine) -> None:
+    long, few = (SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (400, 3))
+
+    async def again() -> list[RequestOutput]:
+        stream = engine.generate([5] * 9, long, "same")
+        await anext(stream)
+        held = threading.Event()
+        engine._call(held.wait)  # so that all that follows comes between two steps
+        aborted = asyncio.create_task(engine.abort("same"))
+        await asyncio.sleep(0)
+        closed = asyncio.create_task(stream.aclose())
+        await asyncio.sleep(0)
+        added = asyncio.create_task(collect(engine.generate([6] * 4, few, "same")))
+        await asyncio.sleep(0.01)
+        held.set()
+        await asyncio.gather(aborted, closed)
+        return await asyncio.wait_for(added, 60)
+
+    (*_, last) = asyncio.run(again())
+    assert (last.prompt_token_ids, last.outputs[0].finish_reason) == ([6] * 4, "length")
+    assert_nothing_leaked(engine.engine)
+
+
+def test_who_is_cancelled_while_a_request_begins_leaves_none(engine: AsyncEngine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+
+    async def cancelled() -> None:
+        held = threading.Event()
+        engine._call(held.wait)
+        task = asyncio.create_task(anext(engine.generate([5] * 9, params, "same")))
+        await asyncio.sleep(0.01)
+        # the engine's thread begins it, while the loop has not heard of that
+        held.set()
+        while not engine._streams:
+            time.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not await asyncio.wrap_future(engine._call(lambda: list(engine._streams)))
+        await idle(engine)
+
+    asyncio.run(cancelled())
     assert_nothing_leaked(engine.engine)

@@ -133,6 +133,11 @@ class StepBuffers:
     max_tokens: int | None = None
 
     @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """In which kernels of one size differ from those of another."""
+        return tuple(launch.tile for launch in self.launches)
+
+    @property
     def max_waves(self) -> int:
         return MAX_WAVES if self.max_tokens is None else MIXED_WAVES
 
@@ -415,7 +420,9 @@ class TritonBackend(AttentionBackend):
             of_kind = (starts_S, query_lens_S, seq_lens_S)
             if len(found) < len(low_S):
                 of_kind = (starts_S[found], query_lens_S[found], seq_lens_S[found])
-            tile = tiles.get(kind) or self._tile(kind, layer, int(of_kind[1].max()), len(found))
+            longest = int(of_kind[1].max())
+            # the tiles for few sequences are compiled for one token each
+            tile = tiles.get(kind) or self._tile(kind, layer, longest, len(found) if longest == 1 else math.inf)
             costs = choose_costs(kind, tile)
             lists[kind] = list_work(found, *of_kind, layer, tile, costs, self._num_sms, self._piece, max_waves)
         return lists

@@ -6,7 +6,7 @@ come in two kinds: low ones of 16 rows for decoding (with 4 query heads for each
 of 64 to 256 for everything longer, which on Hopper GPUs a kernel in Gluon computes where it can (`quire.kernels.gluon`).
 
 Example, 4 query heads for each key/value head, 132 multiprocessors: a sequence of 32,768 keys decodes. One tile, of one token:
-its keys are cut into 47 pieces of 704 tokens, or so, which with 8 key/value heads are 376 programs.
+its keys are cut into 16 pieces of 2,048 tokens, which with 8 key/value heads are 128 programs.
 
 Knows no device and no plan (`quire.attention.triton`). Letters of shapes: as in `quire.attention.base`; I items, E tiles, C
 candidates for a piece's size.

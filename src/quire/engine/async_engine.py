@@ -85,7 +85,7 @@ class AsyncEngine:
             self.engine.add_request(request_id, prompt, sampling_params, priority=priority, client=client)
             self._streams[request_id] = stream
 
-        await asyncio.wrap_future(self._call(add))
+        await self._begin(add, {request_id: stream})
         async with aclosing(self._outputs(request_id, stream)) as outputs:
             async for output in outputs:
                 yield output
@@ -102,7 +102,7 @@ class AsyncEngine:
                 yield item
         finally:
             if not is_over:
-                self._call(lambda: self._forget(request_id))
+                self._call(lambda: self._forget({request_id: stream}))
 
     async def fork(
         self,
@@ -128,7 +128,7 @@ class AsyncEngine:
             self.engine.fork(request_id, ids, append=append_tokens, params=sampling_params, index=index, client=client)
             self._streams.update(streams)
 
-        await asyncio.wrap_future(self._call(fork))
+        await self._begin(fork, streams)
         return [Branch(branch_id, self, self._outputs(branch_id, stream)) for branch_id, stream in streams.items()]
 
     async def explain(self, request_id: str) -> Explanation | None:
@@ -163,9 +163,20 @@ class AsyncEngine:
                 future.set_exception(self._dead())
         return future
 
-    def _forget(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
-        self.engine.abort(request_id, tell=False)  # the next one with this id would get it
+    async def _begin(self, begin: Callable[[], None], streams: Mapping[str, _Stream]) -> None:
+        """Waits until the engine's thread has begun the requests of `streams`; whoever stops waiting ends them."""
+        try:
+            await asyncio.wrap_future(self._call(begin))
+        except BaseException:
+            self._call(lambda: self._forget(streams))
+            raise
+
+    def _forget(self, streams: Mapping[str, _Stream]) -> None:
+        """Nobody reads these any more. An id may be a later request's by now."""
+        for request_id, stream in streams.items():
+            if self._streams.get(request_id) is stream:
+                del self._streams[request_id]
+                self.engine.abort(request_id, tell=False)
 
     # -- the thread ------------------------------------------------------------------------------------------------------
     def _run(self) -> None:

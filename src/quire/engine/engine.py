@@ -172,7 +172,8 @@ class Engine:
         client: str,
         source: TokenSequence | None,
     ) -> None:
-        if request_id in self._states:
+        # also one that was aborted, until the next step has told its end
+        if request_id in self._states or any(state.group.request_id == request_id for state in self._ended):
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
         group, text = self._inputs.process(
             request_id, prompt, params, priority=priority, arrival_s=self.clock(), client=client, source=source
@@ -233,6 +234,8 @@ class Engine:
         """Ends a request; its last output says "abort", without `tell` there is none. False if it isn't there (it may just
         have finished)."""
         state = self._states.get(request_id)
+        if not tell:
+            self._ended = [ended for ended in self._ended if ended.group.request_id != request_id]
         if state is None:
             return False
         now_s = self.clock()

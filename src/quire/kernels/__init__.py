@@ -32,7 +32,8 @@ class ResidualKernels(Protocol):
     """Linear layers with what stands beside them in a residual stream: the norm before, the addition after.
 
     Letters: H inputs, O outputs. Weights are contiguous, biases optional, all of x's dtype. norm is a norm's weights [H] and
-    eps: x is `Kernels.rms_norm`ed first. What is rounded in between is what the operations one by one round.
+    eps: x is `Kernels.rms_norm`ed first. What is rounded in between is what the operations one by one round, but that a product
+    may be added to the residual before it is rounded.
     """
 
     def linear(

@@ -230,8 +230,14 @@ class GraphRunner:
         def first_of(sizes: list[int], beyond: int) -> list[int]:
             return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] <= beyond]
 
+        decode, tiles = set(first_of(self.sizes.decode, linear.MAX_TOKENS)), set()
+        for num_entries in self.sizes.decode:
+            found = tuple(buffers.tiles for buffers in self.sizes.of_entries(num_entries).buffers)
+            if found not in tiles:
+                decode.add(num_entries)
+            tiles.add(found)
         with compiling_ahead(num_threads):
-            for num_entries in first_of(self.sizes.decode, linear.MAX_TOKENS):
+            for num_entries in sorted(decode):
                 size = self.sizes.of_entries(num_entries)
                 size.hidden_NH = self._layers(size, plans_of(size))
                 self._draw(size, False)

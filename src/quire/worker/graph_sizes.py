@@ -66,7 +66,8 @@ def kinds_of_mixed(sizes: Iterable[int]) -> Iterator[tuple[int, bool]]:
 class GraphBackend(Protocol):
     """An attention backend whose plan can be replayed: see `attention.triton.TritonBackend`.
 
-    Buffers have `work`, int32 words on the device, and `at(work)` gives the same in other words.
+    Buffers have `work`, int32 words on the device, and `at(work)` gives the same in other words; `tiles` is in what kernels of
+    one size differ from those of another.
     """
 
     def buffers(self, spec: AttentionSpec, dtype: torch.dtype, max_num_seqs: int) -> Any: ...

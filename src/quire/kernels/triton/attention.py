@@ -63,7 +63,8 @@ def _prefetch(kv_ptr, kv_head, block_T, key_T, num_blocks, kv_stride_b, HEAD_SIZ
     """Asks for these keys and their values to be brought into L2, by lines of 128 bytes."""
     LINE: tl.constexpr = 128 * 8 // kv_ptr.dtype.element_ty.primitive_bitwidth
     LINES: tl.constexpr = (HEAD_SIZE + LINE - 1) // LINE
-    # Before the wait a table may still be being written: whatever it holds, nothing beyond the cache is asked for.
+    # Before the wait a table may still be being written: whatever it holds, nothing beyond the cache is asked for. (And it
+    # is read past L1, which would keep what lay there.)
     block_T = tl.minimum(tl.maximum(block_T, 0), num_blocks - 1).to(tl.int64)
     key_ptr_T = kv_ptr + kv_head * (BLOCK_SIZE * HEAD_SIZE) + block_T * kv_stride_b + key_T % BLOCK_SIZE * HEAD_SIZE
     for line in tl.static_range(LINES):
@@ -159,10 +160,8 @@ def _attend(
     if PDL:
         if ROWS < 64:  # few of these programs are there at once, and wait for memory
             first_T = tl.minimum(begin + tl.arange(0, KEYS), end - 1).to(tl.uint32)
-            _prefetch(
-                kv_ptr, kv_head, tl.load(table_ptr + first_T // BLOCK_SIZE), first_T, num_blocks, kv_stride_b,
-                HEAD_SIZE, BLOCK_SIZE, VALUES,
-            )  # fmt: skip
+            block_T = tl.load(table_ptr + first_T // BLOCK_SIZE, cache_modifier=".cg")
+            _prefetch(kv_ptr, kv_head, block_T, first_T, num_blocks, kv_stride_b, HEAD_SIZE, BLOCK_SIZE, VALUES)
         dependent.wait()
 
     row_R = tl.arange(0, ROWS)

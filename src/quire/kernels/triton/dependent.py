@@ -8,7 +8,8 @@ Rules that every kernel with PDL follows, and on which those after it rely:
 
 1. Before `wait` it reads nothing but constants (weights, and what was copied to the device before the step's first kernel),
    and it writes nothing. `wait` returns when the kernel before has ended and what it wrote can be seen. It may ask for memory
-   to be brought into L2, whatever is being written there.
+   to be brought into L2, whatever is being written there. (A copy between two kernels, as an eager step has before its first
+   attention, is waited for before the second is launched.)
 2. Each of its programs waits, at its start: so when it has ended, everything before it has ended too.
 3. `release` comes first of all: the next kernel's programs may start once all of this one's have; they take only what
    room is left. With rule 1 this is safe for any next kernel, and any launched without PDL waits by itself.
