@@ -227,7 +227,7 @@ class Engine:
                 made.append(branch_id)
         except RequestError:
             for branch_id in made:
-                self.abort(branch_id)
+                self.abort(branch_id, tell=False)  # to who asked, there has been none
             raise
 
     def abort(self, request_id: str, *, tell: bool = True) -> bool:
