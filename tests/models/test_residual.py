@@ -13,6 +13,7 @@ class OnlyFew(TorchResidual):
     """Takes at most 16 tokens; counts how often."""
 
     def __init__(self):
+        super().__init__()
         self.taken = 0
 
     def for_tokens(self, x_TH):

@@ -120,13 +120,15 @@ class TorchKernels:
 
 
 class TorchResidual:
-    """`ResidualKernels` in plain torch: what they mean, and slower than leaving it be."""
+    """`ResidualKernels` one operation after the other: what they mean, by the operations of any `Kernels`."""
+
+    def __init__(self, kernels: TorchKernels | None = None) -> None:
+        self._kernels = kernels or TorchKernels()
 
     def linear(
         self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None
     ) -> Tensor:
-        x_TH = x_TH if norm is None else TorchKernels().rms_norm(x_TH, *norm)
-        return torch.nn.functional.linear(x_TH, weight_OH, bias_O)
+        return self._kernels.linear(self._normed(x_TH, norm), weight_OH, bias_O)
 
     def linear_silu_mul(
         self,
@@ -136,9 +138,12 @@ class TorchResidual:
         *,
         norm: tuple[Tensor, float] | None = None,
     ) -> Tensor:
-        return TorchKernels().silu_and_mul(self.linear(x_TH, weight_O2H, bias_O2, norm=norm))
+        return self._kernels.linear_silu_mul(self._normed(x_TH, norm), weight_O2H, bias_O2)
 
     def linear_add_(
         self, x_TH: Tensor, weight_OH: Tensor, residual_TO: Tensor, bias_O: Tensor | None = None
     ) -> None:  # fmt: skip
-        residual_TO.add_(torch.nn.functional.linear(x_TH, weight_OH, bias_O))
+        residual_TO.add_(self._kernels.linear(x_TH, weight_OH, bias_O))
+
+    def _normed(self, x_TH: Tensor, norm: tuple[Tensor, float] | None) -> Tensor:
+        return x_TH if norm is None else self._kernels.rms_norm(x_TH, *norm)
