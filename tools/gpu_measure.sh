@@ -5,7 +5,6 @@
 #
 # Tables go to the terminal, JSON and pictures to $OUT (default /tmp). WORKLOAD: a JSON list of [prompt tokens, output tokens];
 # TRACE: a CSV of arrivals, for `rates`; TOKENIZER: a directory, for `http`; SHAPES: those to take, of `quire bench --help`.
-# Minutes on an H200, both shapes: requests 1, lists 1, prefill 1, kernels 2, startup 2, http 2, long 1, rates 4, peer 7, sanitize 3.
 set -u
 OUT=${OUT:-/tmp}
 SHAPES=${SHAPES:-"llama-3.1-8b qwen3-0.6b"}
@@ -24,7 +23,7 @@ bench() { # name of the benchmark, name of its JSON, options
 engine() { # a benchmark of the engine, as a peer would be measured: no prefix cache, no swap space
     name=$1 shape=$2
     shift 2
-    bench "$name" "$name-$shape" --shape "$shape" --dtype "$DTYPE" --swap-space 0 --no-enable-prefix-caching "$@"
+    bench "$name" "$part-$shape" --shape "$shape" --dtype "$DTYPE" --swap-space 0 --no-enable-prefix-caching "$@"
 }
 
 http() { # shape; the list through a server, streamed and not
@@ -52,10 +51,10 @@ http() { # shape; the list through a server, streamed and not
 for part in "$@"; do
     case $part in
     kernels) bench kernels kernels ;;
-    sanitize) # every kernel once or more, one process, under the checker of memory accesses
+    sanitize) # tests of kernels, one process, under the checker of memory accesses
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$PYTHONPATH:tests compute-sanitizer --tool memcheck --error-exitcode 9 \
             $PYTHON -m pytest -q -m gpu -p no:cacheprovider -o filterwarnings=default -o timeout=0 \
-            tests/kernels/test_triton.py tests/attention/test_triton_attention.py tests/attention/test_gluon_attention.py \
+            tests/kernels tests/attention/test_triton_attention.py tests/attention/test_gluon_attention.py \
             -k "not random and not real_shapes and not low_tiles" ;;
     *)
         for shape in $SHAPES; do
