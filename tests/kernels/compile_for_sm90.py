@@ -4,6 +4,7 @@ Launches are not run but compiled, with the arguments that they would have run w
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -27,10 +29,10 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int16: "*i16",
 }
-_OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 compiled: dict[str, int] = {}
-STACK_FREE = ("_multiply_add", "_linear", "_heads_kernel")
-"""Kernels all of whose values must stay in registers."""
+STACK_BYTES = {"_multiply_add": 0, "_linear": 0, "_heads_kernel": 0, "_linear_pieces": 0, "_linear_silu_mul": 24}
+"""Of kernels all of whose values must stay in registers, or all but a few that are written once, at a program's end."""
 
 
 def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -45,6 +47,9 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwa
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = _TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif hasattr(value, "layout"):  # a Gluon descriptor
+            box = f"{_TYPES[value.base.dtype][1:]}{list(value.block_shape)}"
+            signature[parameter.name] = f"tensordesc<{box},{value.layout!r}>"
         elif isinstance(value, TensorDescriptor):
             signature[parameter.name] = f"tensordesc<{_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
         elif isinstance(value, int):
@@ -53,16 +58,19 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwa
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
-    source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=attributes)
+    make = GluonASTSource if self.is_gluon() else ASTSource
+    source = make(fn=self, signature=signature, constexprs=constants, attrs=attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert kernel.asm["cubin"]
-    if self.__name__ in STACK_FREE:
+    if self.__name__ in STACK_BYTES:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()
             tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
             used = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        assert "STACK:0 " in used and "LOCAL:0 " in used, f"{self.__name__} spills: {constants} {used}"
+        stack = sum(int(count) for count in re.findall(r"(?:STACK|LOCAL):(\d+)", used))
+        assert stack <= STACK_BYTES[self.__name__], f"{self.__name__} spills: {constants} {used}"
+    assert kernel.metadata.shared <= 227 * 1024, f"{self.__name__} takes too much shared memory: {constants}"
     name = f"{self.__name__}({' '.join(signature.values())})"
     compiled[name] = kernel.metadata.shared
 
@@ -74,12 +82,17 @@ def main() -> None:
     import test_skinny
     import test_triton
 
+    from quire.kernels import gluon
     from quire.kernels.triton import dependent
 
     dependent.options = lambda device: {"PDL": True, "launch_pdl": True}
     test_triton.launch_everything()
     test_skinny.launch_everything()
     test_linear.launch_everything()
+    if triton.__version__.startswith(gluon.TRITON_VERSIONS):
+        import test_gluon_linear
+
+        test_gluon_linear.launch_everything()
     print(f"{len(compiled)} kernels compiled", *compiled, sep="\n  ")
 
 

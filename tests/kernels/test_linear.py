@@ -50,6 +50,7 @@ def check(tokens: int, size: int, outputs: int, dtype: torch.dtype, tile: Tile |
 
 
 TILES = [None, Tile(32, 128, 64, 2, 2), Tile(32, 128, 32, 2, 3)]
+WIDE = Tile(32, 256, 64, 2, 2)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -57,6 +58,11 @@ TILES = [None, Tile(32, 128, 64, 2, 2), Tile(32, 128, 32, 2, 3)]
 @pytest.mark.parametrize(("dtype", "size", "outputs"), [(torch.bfloat16, 64, 24), (torch.float16, 200, 37)])
 def test_against_the_twins(tile: Tile | None, tokens: int, dtype: torch.dtype, size: int, outputs: int) -> None:
     check(tokens, size, outputs, dtype, tile, bias=size == 200)
+
+
+@pytest.mark.parametrize("tokens", [130, 256])
+def test_as_many_tokens_as_the_gluon_kernels_take(tokens: int) -> None:
+    check(tokens, 64, 24, torch.float16, WIDE, bias=False)
 
 
 def test_a_piece_may_have_no_inputs_at_all() -> None:
@@ -98,8 +104,8 @@ def test_a_strided_input() -> None:
 
 
 def test_what_does_not_fit_raises() -> None:
-    x, weight = random(129, 64), random(16, 64)
-    with pytest.raises(ValueError, match="128 tokens"):
+    x, weight = random(257, 64), random(16, 64)
+    with pytest.raises(ValueError, match="256 tokens"):
         linear.linear(x, weight)
     with pytest.raises(ValueError, match="match"):
         linear.linear(x[:2], random(16, 32))
@@ -163,7 +169,7 @@ def test_real_shapes(size: int, outputs: int, tokens: int) -> None:
 
 
 @on_the_card
-@pytest.mark.parametrize("tokens", [8, 64, 128])
+@pytest.mark.parametrize("tokens", [8, 64, 128, 176, 256])
 def test_a_graph_of_dependent_launches_gives_what_launches_one_by_one_give(tokens: int) -> None:
     """A chain in which each kernel reads what the one before wrote, of sizes that run at the same time."""
     kernels = TritonKernels()

@@ -90,7 +90,7 @@ def test_sizes() -> None:
     assert graph_sizes(1) == [1]
     assert graph_sizes(3) == [1, 2, 4]
     assert graph_sizes(6) == [1, 2, 4, 16]
-    assert graph_sizes(256)[-3:] == [192, 208, 256]
+    assert graph_sizes(256)[-5:] == [160, 192, 208, 224, 256]
     assert graph_sizes(10_000)[-1] == 512
     assert mixed_sizes(0) == []
     assert mixed_sizes(7) == [7]

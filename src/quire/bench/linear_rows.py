@@ -1,10 +1,10 @@
-"""The rows of `quire bench kernels` for linear layers: ours beside cuBLAS at 1 to 128 tokens, as weights read in a second.
+"""The rows of `quire bench kernels` for linear layers: ours beside cuBLAS at 1 to 256 tokens, as weights read in a second.
 
 Each layer is that of a model's shape, with what our kernels fuse into it: for few tokens (`skinny`) norm before qkv and
-gate_up, SiLU x up after gate_up, the residual's addition after o and down; for more (`linear`) SiLU x up, and o and down are
-left in pieces for the norm to sum. cuBLAS does the product alone. A graph goes round several copies of the
-weights, more than the L2 cache holds. Variants are compiled by several processes first, into Triton's cache, and each result
-is checked before it is timed.
+gate_up, SiLU x up after gate_up, the residual's addition after o and down; for more (`triton.linear`, and on Hopper
+`gluon.linear`) SiLU x up, and o and down are left in pieces for the norm to sum. cuBLAS does the product alone. A graph goes
+round several copies of the weights, more than the L2 cache holds. Variants are compiled by several processes first, into
+Triton's cache, and each result is checked before it is timed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
+    from quire.kernels.gluon import LinearTile
     from quire.kernels.triton import linear, skinny
 
-    Tile = skinny.Tile | linear.Tile
+    Tile = skinny.Tile | linear.Tile | LinearTile
 
 MIN_BYTES = 4e8
 """Of weights that a graph goes round."""
 VARIED = (1, 4, 32, 128)
-"""Numbers of tokens for which variants are tried."""
+"""Numbers of tokens for which variants are tried, of kernels in Triton."""
 
 # outputs of a program (or twice its pairs), inputs of a turn, warps
 SKINNY = (
@@ -81,12 +82,13 @@ LAYERS = (
     Layer("8B down", 14336, 4096),
 )
 WORKS = tuple(
-    (f"linear {layer.name} x{tokens}", layer, tokens) for layer in LAYERS for tokens in (1, 2, 4, 16, 32, 64, 128)
+    (f"linear {layer.name} x{tokens}", layer, tokens)
+    for layer in LAYERS
+    for tokens in (1, 2, 4, 16, 32, 64, 96, 128, 144, 160, 192, 208, 224, 256)
 )
 
 
 def variants(layer: Layer, tokens: int) -> list[Tile]:
-    """Besides the tile that is chosen anyway."""
     from quire.kernels.triton import linear, skinny
 
     if tokens not in VARIED:
@@ -104,22 +106,33 @@ def variants(layer: Layer, tokens: int) -> list[Tile]:
             for rows, columns, stages in LINEAR
             for pieces in (PIECES if layer.in_pieces else (1,))
         )
-    tiles.pop(chosen(layer, tokens), None)
     return list(tiles)
 
 
-def chosen(layer: Layer, tokens: int) -> Tile:
+def chosen(layer: Layer, x_TH: Tensor, weight: Tensor) -> Tile | None:
+    """None: of so many tokens this is cuBLAS's."""
+    from quire.kernels import gluon
     from quire.kernels.triton import linear, skinny
 
+    tokens = len(x_TH)
     if tokens <= skinny.MAX_TOKENS:
         return skinny.choose_tile(tokens, layer.outputs, layer.size, layer.silu)
+    if (layer.silu or layer.in_pieces) and gluon.takes_linear(x_TH, weight, None, silu=layer.silu):
+        return gluon.choose_linear_tile(layer.outputs, silu=layer.silu)
+    if not linear.takes(x_TH, weight, None, silu=layer.silu, in_pieces=layer.in_pieces):
+        return None
     return linear.choose_tile(tokens, layer.outputs, layer.size, silu=layer.silu, in_pieces=layer.in_pieces)
 
 
 def call(layer: Layer, x_TH: Tensor, weight: Tensor, norm_H: Tensor, residual_TO: Tensor, tile: Tile) -> Tensor:
     """Our kernels, as the model calls them; the result of layers that add is residual."""
+    from quire.kernels import gluon
     from quire.kernels.triton import linear, skinny
 
+    if isinstance(tile, gluon.LinearTile):
+        from quire.kernels.gluon import linear as gluon_linear
+
+        return (gluon_linear.linear_silu_mul if layer.silu else gluon_linear.linear_pieces)(x_TH, weight, tile=tile)
     if isinstance(tile, linear.Tile):
         if layer.silu:
             return linear.linear_silu_mul(x_TH, weight, tile=tile)
@@ -230,7 +243,9 @@ def measure(
             made = torch.empty((count, *layer.weight_shape), device="cuda", dtype=torch.bfloat16)
             drawn = layer, made.normal_(std=layer.size**-0.5).unbind(0)
         problem = Problem(layer, *tensors(layer, tokens), drawn[1], time_graph, repeat)
-        tile = chosen(layer, tokens)
+        tile = chosen(layer, problem.x_TH, problem.weights[0])
+        if tile is None:
+            continue
         found, cublas = problem.ours(tile), problem.cublas()
         ceiling = found["TB/s"] / read_tb_s
         row = {"layer": name, **found, "of ceiling": ceiling, "cuBLAS us": cublas["us"], "cuBLAS TB/s": cublas["TB/s"]}
@@ -239,11 +254,13 @@ def measure(
         if not with_variants:
             continue
         same: list[dict[str, Any]] = [{"layer": name, "tile": _words(tile), **found}]
-        for tile in variants(layer, tokens):
+        for other in variants(layer, tokens):
+            if other == tile:
+                continue
             try:
-                same.append({"layer": name, "tile": _words(tile), **problem.ours(tile)})
+                same.append({"layer": name, "tile": _words(other), **problem.ours(other)})
             except Exception as error:  # too much shared memory, say: the others still count
-                same.append({"layer": name, "tile": _words(tile), "us": math.inf, "error": repr(error)[:200]})
+                same.append({"layer": name, "tile": _words(other), "us": math.inf, "error": repr(error)[:200]})
         same.sort(key=lambda t: t["us"])
         print("  us: " + ", ".join(f"[{t['tile']}] {t['us']:.2f}" for t in same), flush=True)
         tried += same

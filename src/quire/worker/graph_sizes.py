@@ -38,13 +38,13 @@ _TRUNCATE = int(Use.TRUNCATE)
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, then 16 and its doubles up to 128, every 16th up to 208, 256, and every 32nd up to LARGEST; the last one holds
-    max_num_seqs.
+    """1, 2, 4, then 16 and its doubles up to 64, every 32nd up to 128, every 16th up to 160, every 32nd up to LARGEST, and 208;
+    the last one holds max_num_seqs.
 
-    Up to 128 a step takes as long as reading the weights, and linear layers of so many tokens read them faster than those of
-    fewer (`kernels.triton.linear`). Of 224 tokens cuBLAS's take as long as of 256.
+    Up to 64 a step takes as long as reading the weights, and linear layers of so many tokens read them faster than those of
+    fewer (`kernels.triton.linear`). Of 176 tokens they take as long as of 192, of 240 as of 256 (`kernels.gluon.linear`).
     """
-    sizes = [1, 2, 4, 16, 32, 64, *range(128, 209, 16), *range(256, LARGEST + 1, 32)]
+    sizes = [1, 2, 4, 16, 32, 64, 96, 128, 144, 160, 192, 208, *range(224, LARGEST + 1, 32)]
     return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < max_num_seqs]
 
 

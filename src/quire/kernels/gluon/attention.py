@@ -38,6 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quire.kernels.gluon import GluonTile
+from quire.kernels.gluon.ptx import asm, narrow
 from quire.kernels.triton import dependent
 from quire.kernels.triton.attention import LOG2_E
 
@@ -56,11 +57,6 @@ _FIRST_BARRIER = gl.constexpr(14)
 """Named barriers of the consumers' turns, 14 and 15: the compiler counts from 0."""
 
 
-@gluon.jit
-def _asm(code: gl.constexpr):
-    gl.inline_asm_elementwise(code, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
 @gluon.constexpr_function
 def _await_turn(which):
     return f"bar.sync {_FIRST_BARRIER.value + which}, 256; // $0"
@@ -69,20 +65,6 @@ def _await_turn(which):
 @gluon.constexpr_function
 def _pass_turn(which):
     return f"bar.arrive {_FIRST_BARRIER.value + 1 - which}, 256; // $0"
-
-
-@gluon.jit
-def _narrow(p_RT, dtype: gl.constexpr):
-    """Two elements at once, as the matrix units take them in one register; `to` would convert each, then shuffle bytes."""
-    if dtype == gl.bfloat16:
-        narrow_RT = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p_RT], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
-    else:
-        narrow_RT = gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p_RT], dtype=gl.float16, is_pure=True, pack=2
-        )
-    return narrow_RT
 
 
 @gluon.jit
@@ -255,12 +237,12 @@ def _turn(
     stage = tile % STAGES
     before = (tile - 1) % STAGES  # never below 0: the first tile has no turn
     mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
-    _asm(_await_turn(WHICH))
+    asm(_await_turn(WHICH))
     score_RT = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
     score_RT = warpgroup_mma(q, k_tiles.index(stage).permute([1, 0]), score_RT, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(before), ((tile - 1) // STAGES) & 1)
     acc_RD = warpgroup_mma(p_RT, v_tiles.index(before), acc_RD, is_async=True)
-    _asm(_pass_turn(WHICH))
+    asm(_pass_turn(WHICH))
     score_RT = warpgroup_mma_wait(1, [score_RT])
     mbarrier.arrive(k_empty.index(stage))
     if MASKED:
@@ -269,7 +251,7 @@ def _turn(
     acc_RD, p_RT = warpgroup_mma_wait(0, [acc_RD, p_RT])
     mbarrier.arrive(v_empty.index(before))
     acc_RD = acc_RD * gl.convert_layout(decay_R, gl.SliceLayout(1, acc_RD.type.layout))[:, None]
-    p_RT = gl.convert_layout(_narrow(new_RT, k_tiles.dtype), P_LAYOUT)
+    p_RT = gl.convert_layout(narrow(new_RT, k_tiles.dtype), P_LAYOUT)
     return acc_RD, p_RT, max_R, sum_R
 
 
@@ -287,7 +269,7 @@ def _consume(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     if WHICH == 1:
-        _asm(_pass_turn(WHICH))  # consumer 0 is first
+        asm(_pass_turn(WHICH))  # consumer 0 is first
     count = gl.load(count_ptr)
     total = count * NUM_KV_HEADS
     tile = 0
@@ -327,7 +309,7 @@ def _consume(
         max_R = gl.full([ROWS], _HIDDEN, gl.float32, gl.SliceLayout(1, S_LAYOUT)) * score_scale
         sum_R = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
         p_RT, max_R, sum_R, _ = _softmax(score_RT, max_R, sum_R, score_scale)
-        p_RT = gl.convert_layout(_narrow(p_RT, k_tiles.dtype), P_LAYOUT)
+        p_RT = gl.convert_layout(narrow(p_RT, k_tiles.dtype), P_LAYOUT)
         acc_RD = gl.zeros([ROWS, HEAD_SIZE], gl.float32, O_LAYOUT)
         for i in range(1, num_right):
             acc_RD, p_RT, max_R, sum_R = _turn(
@@ -395,8 +377,8 @@ def _attend(
 ):  # fmt: skip
     """ROWS: of one consumer. score_scale turns scores into exponents of 2."""
     if PDL:
-        _asm("griddepcontrol.launch_dependents; // $0")
-        _asm("griddepcontrol.wait; // $0")  # and all other warps for this one
+        asm("griddepcontrol.launch_dependents; // $0")
+        asm("griddepcontrol.wait; // $0")  # and all other warps for this one
     BOX: gl.constexpr = min(BLOCK_SIZE, KEYS)
     PARTS: gl.constexpr = HEAD_SIZE // _WIDTH
     dtype: gl.constexpr = kv_desc.dtype

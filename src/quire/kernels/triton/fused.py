@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.kernels import ResidualKernels
+from quire.kernels import ResidualKernels, gluon
 from quire.kernels.torch_ops import TorchKernels, TorchResidual
 from quire.kernels.triton import blocks, dependent, linear, skinny
 
@@ -275,11 +275,19 @@ class TritonKernels(TorchKernels):
         return super().linear(x_TH, weight_OH, bias_O)
 
     def linear_silu_mul(self, x_TH: Tensor, weight_O2H: Tensor, bias_O2: Tensor | None = None) -> Tensor:
+        if gluon.takes_linear(x_TH, weight_O2H, bias_O2, silu=True):
+            from quire.kernels.gluon import linear as gluon_linear  # needs a Triton that has Gluon: `gluon.available`
+
+            return gluon_linear.linear_silu_mul(x_TH, weight_O2H)
         if linear.takes(x_TH, weight_O2H, bias_O2, silu=True):
             return linear.linear_silu_mul(x_TH, weight_O2H, bias_O2)
         return super().linear_silu_mul(x_TH, weight_O2H, bias_O2)
 
     def linear_pieces(self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        if gluon.takes_linear(x_TH, weight_OH, bias_O):
+            from quire.kernels.gluon import linear as gluon_linear
+
+            return gluon_linear.linear_pieces(x_TH, weight_OH)
         if linear.takes(x_TH, weight_OH, bias_O, in_pieces=True):
             return linear.linear_pieces(x_TH, weight_OH)
         return super().linear_pieces(x_TH, weight_OH, bias_O)

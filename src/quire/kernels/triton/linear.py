@@ -31,7 +31,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quire.kernels.triton import dependent
 
-MAX_TOKENS = 128
+MAX_TOKENS = 256
+"""`takes` is for no more than 128; beyond, this is what the Gluon kernels (`quire.kernels.gluon.linear`) are compared with."""
 MAX_PIECES = 8
 DTYPES = (torch.bfloat16, torch.float16)
 SMALL = 2**23
@@ -86,19 +87,26 @@ def takes(
     is saved beside the product or the weight is small. Only where tokens fill their tile: zeros from beyond a tensor's edge
     come so slowly that 96 tokens take 9 % longer than 128.
     """
-    if (
-        not x_TH.is_cuda
-        or x_TH.dtype not in DTYPES
-        or weight_OH.dtype is not x_TH.dtype
-        or not _has_tma(x_TH.device.index)
-    ):
-        return False
-    if x_TH.stride(1) != 1 or x_TH.stride(0) % 8 or weight_OH.shape[1] % 8 or not weight_OH.is_contiguous():
-        return False
-    if x_TH.data_ptr() % 16 or weight_OH.data_ptr() % 16:
-        return False  # the copy engine wants multiples of 16 bytes
     most = 128 if silu or in_pieces or weight_OH.numel() <= SMALL else 64
-    return len(x_TH) in (16, 32, 64, MAX_TOKENS) and len(x_TH) <= most and not (in_pieces and bias_O is not None)
+    return (
+        len(x_TH) in (16, 32, 64, 128)
+        and len(x_TH) <= most
+        and not (in_pieces and bias_O is not None)
+        and x_TH.is_cuda
+        and _has_tma(x_TH.device.index)
+        and lie_for_tma(x_TH, weight_OH)
+    )
+
+
+def lie_for_tma(x_TH: Tensor, weight_OH: Tensor) -> bool:
+    """Whether these are of a type that is multiplied here, and lie as the copy engine wants it: on multiples of 16 bytes."""
+    return (
+        x_TH.dtype in DTYPES
+        and weight_OH.dtype is x_TH.dtype
+        and weight_OH.is_contiguous()
+        and x_TH.stride(1) == 1
+        and not (x_TH.stride(0) % 8 or weight_OH.shape[1] % 8 or x_TH.data_ptr() % 16 or weight_OH.data_ptr() % 16)
+    )
 
 
 def _has_tma(index: int | None) -> bool:

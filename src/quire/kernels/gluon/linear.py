@@ -1,0 +1,417 @@
+"""Linear layers for up to 256 tokens on Hopper, in Gluon: twins of `linear_pieces` and `linear_silu_mul` in
+`quire.kernels.triton.linear`, whose rounding they have.
+
+For so many tokens multiplying takes about as long as reading the weights, so both have to run at their full rate at once, on
+all multiprocessors, in one go. A program's warps have parts:
+
+    producer    weights and tokens, 64 inputs in each turn   -- TMA -->   shared memory, a ring of stages
+    consumers   64 rows of one times all rows of the other, in sums that stay in registers
+
+    linear_pieces     one consumer: 64 outputs times all tokens, over one piece of the inputs. Tiles are small so that they fill
+                      the multiprocessors; the price is that each reads all tokens, from L2.
+    linear_silu_mul   a consumer for each 64 tokens: times a tile of gate rows and the up rows that belong to them, so many that
+                      all tiles run at once (14,336 outputs are 128 tiles of 112). A thread has the gate and the up of an
+                      output.
+
+What goes through shared memory lies there in boxes of 16 rows of 64 inputs (2 KiB, in the matrix units' swizzle), so that any
+multiple of 16 rows can stand beside 64: the matrix units take them in parts, which are powers of two.
+
+Barriers, for turn t, which uses stage t % S: `full` ends its (t // S)-th phase when all that the turn needs has come; `empty`
+when all consumers are through with it.
+
+Letters of shapes: T tokens, H inputs, O outputs (or pairs of gate and up), P pieces; N rows beside the 64.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from quire.kernels.gluon import MAX_PAIRS, MAX_SILU_TOKENS, MAX_TOKENS, LinearTile, choose_linear_tile
+from quire.kernels.gluon.ptx import asm, narrow, reciprocal
+from quire.kernels.triton import dependent
+
+_WIDTH = gl.constexpr(64)
+"""Inputs of a turn: what the matrix units' swizzle spans."""
+_BOX = gl.constexpr(16)
+_BOXES = gl.constexpr(4)
+"""Of 64 rows."""
+_FLAT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+_LOG2_E = gl.constexpr(1.4426950408889634)
+SHARED_BYTES = 230_000
+MAX_STAGES = 8
+
+
+@gluon.constexpr_function
+def _parts(count):
+    """Powers of two from 16 to 128, the largest first, that add up to count, a multiple of 16."""
+    return [128] * (count // 128) + [part for part in (64, 32, 16) if count & part]
+
+
+@gluon.constexpr_function
+def _num_parts(count):
+    return len(_parts(count))
+
+
+@gluon.constexpr_function
+def _part(count, i):
+    return _parts(count)[i]
+
+
+@gluon.constexpr_function
+def _start(count, i):
+    return sum(_parts(count)[:i])
+
+
+@gluon.constexpr_function
+def _layout(count, i):
+    """Of the sums of a part."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _parts(count)[i], 16])
+
+
+@gluon.constexpr_function
+def _operand(count, i):
+    """Of the 64 rows, where the matrix units take them from registers."""
+    return gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _parts(count)[i], 16]), 2)
+
+
+@gluon.constexpr_function
+def _descriptor(count, i):
+    """Which of those of 64, 32 and 16 rows is for half of a part."""
+    return {128: 0, 64: 1, 32: 2}[_parts(count)[i]]
+
+
+@gluon.jit
+def _load(desc, rest_desc, boxes, place, full, row, at, ROWS: gl.constexpr):
+    """ROWS rows from `row`, 64 inputs from `at`, into boxes from `place`: 64 rows at once, and 16 at once of the rest."""
+    WHOLE: gl.constexpr = ROWS // 64
+    for i in gl.static_range(WHOLE):
+        target = boxes.index(place + i * _BOXES)._reinterpret(boxes.dtype, [64, _WIDTH], _FLAT)
+        tma.async_copy_global_to_shared(desc, [row + i * 64, at], full, target)
+    for i in gl.static_range(WHOLE * _BOXES, ROWS // _BOX):
+        tma.async_copy_global_to_shared(rest_desc, [row + i * _BOX, at], full, boxes.index(place + i))
+
+
+@gluon.jit
+def _sum_up(
+    a_boxes, b_boxes, full, empty,
+    A_STAGE: gl.constexpr, A_FIRST: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    IN_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """-> the parts of a b^T, fp32 [64, n] each. a: 64 rows from box A_FIRST of a stage's A_STAGE boxes; b: N rows.
+
+    IN_REGISTERS: a is read from shared memory once, not by the product of each part; consumers have to be several then, for
+    each waits for its own products in every turn. Else it waits for those of the turn before.
+    """
+    sums = ()
+    for i in gl.static_range(_num_parts(N)):
+        sums = sums + (gl.zeros([64, _part(N, i)], gl.float32, _layout(N, i)),)  # noqa: RUF005
+    for turn in range(TURNS):
+        stage = turn % STAGES
+        mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
+        a = a_boxes.index(stage * A_STAGE + A_FIRST)._reinterpret(a_boxes.dtype, [64, _WIDTH], _FLAT)
+        if IN_REGISTERS:
+            a = a.load(_operand(N, 0))
+        products = ()
+        for i in gl.static_range(_num_parts(N)):
+            box = b_boxes.index(stage * (N // _BOX) + _start(N, i) // _BOX)
+            b = box._reinterpret(b_boxes.dtype, [_part(N, i), _WIDTH], _FLAT).permute([1, 0])
+            if IN_REGISTERS:
+                products = products + (warpgroup_mma(gl.convert_layout(a, _operand(N, i)), b, sums[i], is_async=True),)  # noqa: RUF005
+            else:
+                products = products + (warpgroup_mma(a, b, sums[i], is_async=True),)  # noqa: RUF005
+        if IN_REGISTERS:
+            sums = _await_all_but(0, products + (a,))[:-1]  # noqa: RUF005
+            mbarrier.arrive(empty.index(stage))
+        else:
+            sums = _await_all_but(_num_parts(N), products)
+            mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES), pred=turn > 0)
+    return _await_all_but(0, sums)
+
+
+@gluon.jit
+def _await_all_but(count: gl.constexpr, products):
+    """-> the products, as a tuple, when no more than `count` are under way."""
+    if len(products) == 1:
+        done = (warpgroup_mma_wait(count, products),)
+    else:
+        done = warpgroup_mma_wait(count, products)
+    return done
+
+
+@gluon.jit
+def _barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), 1)
+        mbarrier.init(empty.index(stage), CONSUMERS)
+    fence_async_shared()
+    return full, empty
+
+
+# -- linear_pieces ---------------------------------------------------------------------------------------------------------
+@gluon.jit
+def _produce_pieces(
+    weight_desc, x_desc, x_rest_desc, weight_boxes, x_boxes, full, empty,
+    TILES: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    BYTES: gl.constexpr = (64 + N) * _WIDTH * 2
+    AHEAD: gl.constexpr = min(STAGES, TURNS)
+    row = gl.program_id(0) % TILES * 64
+    begin = gl.program_id(0) // TILES * TURNS
+    for i in gl.static_range(AHEAD):
+        mbarrier.expect(full.index(i), BYTES)
+        _load(weight_desc, weight_desc, weight_boxes, i * _BOXES, full.index(i), row, (begin + i) * _WIDTH, 64)
+    if PDL:
+        asm("griddepcontrol.wait; // $0")
+    for j in gl.static_range(AHEAD):
+        _load(x_desc, x_rest_desc, x_boxes, j * (N // _BOX), full.index(j), 0, (begin + j) * _WIDTH, N)
+    for turn in range(AHEAD, TURNS):
+        stage = turn % STAGES
+        at = (begin + turn) * _WIDTH
+        mbarrier.wait(empty.index(stage), (turn // STAGES) & 1 ^ 1)
+        mbarrier.expect(full.index(stage), BYTES)
+        _load(weight_desc, weight_desc, weight_boxes, stage * _BOXES, full.index(stage), row, at, 64)
+        _load(x_desc, x_rest_desc, x_boxes, stage * (N // _BOX), full.index(stage), 0, at, N)
+
+
+@gluon.jit
+def _consume_pieces(
+    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty,
+    OUTPUTS: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    sums = _sum_up(weight_boxes, x_boxes, full, empty, _BOXES, 0, N, STAGES, TURNS, False)
+    row = gl.program_id(0) % TILES * 64
+    piece_ptr = out_ptr + gl.program_id(0) // TILES * num_tokens * OUTPUTS
+    for i in gl.static_range(_num_parts(N)):
+        row_R = row + gl.arange(0, 64, layout=gl.SliceLayout(1, _layout(N, i)))
+        token_N = _start(N, i) + gl.arange(0, _part(N, i), layout=gl.SliceLayout(0, _layout(N, i)))
+        mask_RN = (row_R < OUTPUTS)[:, None] & (token_N < num_tokens)[None, :]
+        gl.store(piece_ptr + (token_N * OUTPUTS)[None, :] + row_R[:, None], sums[i], mask=mask_RN)
+
+
+@gluon.jit(do_not_specialize=["num_tokens"])
+def _linear_pieces(
+    weight_desc, x_desc, x_rest_desc, out_ptr, num_tokens,
+    OUTPUTS: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    REGISTERS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Program p * TILES + i: outputs [64 i, 64 (i + 1)) of N tokens, over TURNS turns of inputs from turn p * TURNS."""
+    if PDL:
+        asm("griddepcontrol.launch_dependents; // $0")
+    dtype: gl.constexpr = x_desc.dtype
+    weight_boxes = gl.allocate_shared_memory(dtype, [STAGES * _BOXES, _BOX, _WIDTH], _FLAT)
+    x_boxes = gl.allocate_shared_memory(dtype, [STAGES * (N // _BOX), _BOX, _WIDTH], _FLAT)
+    full, empty = _barriers(STAGES, 1)
+    gl.warp_specialize(
+        [
+            (_consume_pieces, (out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, OUTPUTS, TILES, N, STAGES, TURNS)),
+            (_produce_pieces, (
+                weight_desc, x_desc, x_rest_desc, weight_boxes, x_boxes, full, empty, TILES, N, STAGES, TURNS, PDL,
+            )),
+        ],
+        [1], [REGISTERS],
+    )  # fmt: skip
+
+
+# -- linear_silu_mul -------------------------------------------------------------------------------------------------------
+@gluon.jit
+def _load_pairs(weight_descs, boxes, place, full, row, at, OUTPUTS: gl.constexpr, PAIRS: gl.constexpr):
+    """Gate rows from `row`, and their up rows: part by part, so that each part is its gates, then its ups."""
+    for i in gl.static_range(_num_parts(2 * PAIRS)):
+        for up in gl.static_range(2):
+            box = boxes.index(place + (_start(2 * PAIRS, i) + up * (_part(2 * PAIRS, i) // 2)) // _BOX)
+            target = box._reinterpret(boxes.dtype, [_part(2 * PAIRS, i) // 2, _WIDTH], _FLAT)
+            start = row + up * OUTPUTS + _start(2 * PAIRS, i) // 2
+            tma.async_copy_global_to_shared(weight_descs[_descriptor(2 * PAIRS, i)], [start, at], full, target)
+
+
+@gluon.jit
+def _produce_pairs(
+    weight_descs, x_desc, x_rest_desc, weight_boxes, x_boxes, full, empty,
+    OUTPUTS: gl.constexpr, PAIRS: gl.constexpr, TOKENS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    TURNS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    BYTES: gl.constexpr = (2 * PAIRS + TOKENS) * _WIDTH * 2
+    AHEAD: gl.constexpr = min(STAGES, TURNS)
+    W_STAGE: gl.constexpr = 2 * PAIRS // _BOX
+    X_STAGE: gl.constexpr = CONSUMERS * _BOXES
+    row = gl.program_id(0) * PAIRS
+    for i in gl.static_range(AHEAD):
+        mbarrier.expect(full.index(i), BYTES)
+        _load_pairs(weight_descs, weight_boxes, i * W_STAGE, full.index(i), row, i * _WIDTH, OUTPUTS, PAIRS)
+    if PDL:
+        asm("griddepcontrol.wait; // $0")
+    for j in gl.static_range(AHEAD):
+        _load(x_desc, x_rest_desc, x_boxes, j * X_STAGE, full.index(j), 0, j * _WIDTH, TOKENS)
+    for turn in range(AHEAD, TURNS):
+        stage = turn % STAGES
+        at = turn * _WIDTH
+        mbarrier.wait(empty.index(stage), (turn // STAGES) & 1 ^ 1)
+        mbarrier.expect(full.index(stage), BYTES)
+        _load_pairs(weight_descs, weight_boxes, stage * W_STAGE, full.index(stage), row, at, OUTPUTS, PAIRS)
+        _load(x_desc, x_rest_desc, x_boxes, stage * X_STAGE, full.index(stage), 0, at, TOKENS)
+
+
+@gluon.jit
+def _silu_mul(gate, up, dtype: gl.constexpr):
+    gate = narrow(gate, dtype).to(gl.float32)
+    silu = narrow(gate * reciprocal(1.0 + gl.exp2(gate * -_LOG2_E)), dtype)
+    return narrow(silu.to(gl.float32) * narrow(up, dtype).to(gl.float32), dtype)
+
+
+@gluon.jit
+def _consume_pairs(
+    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, WHICH: gl.constexpr,
+    OUTPUTS: gl.constexpr, PAIRS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = x_boxes.dtype
+    X_STAGE: gl.constexpr = CONSUMERS * _BOXES
+    sums = _sum_up(x_boxes, weight_boxes, full, empty, X_STAGE, WHICH * _BOXES, 2 * PAIRS, STAGES, TURNS, True)
+    for i in gl.static_range(_num_parts(2 * PAIRS)):
+        gate, up = gl.split(sums[i].reshape([64, 2, _part(2 * PAIRS, i) // 2]).permute([0, 2, 1]))
+        _put(
+            _silu_mul(gate, up, dtype), out_ptr, num_tokens, x_boxes.index(i * X_STAGE + WHICH * _BOXES), WHICH * 64,
+            gl.program_id(0) * PAIRS + _start(2 * PAIRS, i) // 2, OUTPUTS, _part(2 * PAIRS, i) // 2,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _put(y, out_ptr, num_tokens, box, token, column, OUTPUTS: gl.constexpr, COLUMNS: gl.constexpr):
+    """[64, COLUMNS] by 16 bytes a thread, through boxes that this consumer alone has read, and nobody fills any more."""
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, rank=2)
+    LANES: gl.constexpr = COLUMNS // 8
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    buffer = box._reinterpret(box.dtype, [64, COLUMNS], SHARED)
+    buffer.store(y)
+    gl.thread_barrier()
+    token_T = token + gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
+    column_C = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, ROWS))
+    mask_TC = (token_T < num_tokens)[:, None] & (column_C < OUTPUTS)[None, :]
+    gl.store(out_ptr + (token_T * OUTPUTS)[:, None] + column_C[None, :], buffer.load(ROWS), mask=mask_TC)
+
+
+@gluon.jit(do_not_specialize=["num_tokens"])
+def _linear_silu_mul(
+    weight_desc64, weight_desc32, weight_desc16, x_desc, x_rest_desc, out_ptr, num_tokens,
+    OUTPUTS: gl.constexpr, PAIRS: gl.constexpr, TOKENS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    TURNS: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Program i: outputs [PAIRS * i, PAIRS * (i + 1)) of TOKENS tokens."""
+    if PDL:
+        asm("griddepcontrol.launch_dependents; // $0")
+    dtype: gl.constexpr = x_desc.dtype
+    weight_boxes = gl.allocate_shared_memory(dtype, [STAGES * (2 * PAIRS // _BOX), _BOX, _WIDTH], _FLAT)
+    x_boxes = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS * _BOXES, _BOX, _WIDTH], _FLAT)
+    full, empty = _barriers(STAGES, CONSUMERS)
+    weight_descs = (weight_desc64, weight_desc32, weight_desc16)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume_pairs, (
+                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, gl.constexpr(0),
+                    OUTPUTS, PAIRS, CONSUMERS, STAGES, TURNS,
+                )),
+                (_consume_pairs, (
+                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, gl.constexpr(1),
+                    OUTPUTS, PAIRS, CONSUMERS, STAGES, TURNS,
+                )),
+                (_produce_pairs, (
+                    weight_descs, x_desc, x_rest_desc, weight_boxes, x_boxes, full, empty,
+                    OUTPUTS, PAIRS, TOKENS, CONSUMERS, STAGES, TURNS, PDL,
+                )),
+            ],
+            [4, 1], [REGISTERS, REST],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume_pairs, (
+                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, gl.constexpr(0),
+                    OUTPUTS, PAIRS, CONSUMERS, STAGES, TURNS,
+                )),
+                (_consume_pairs, (
+                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, gl.constexpr(1),
+                    OUTPUTS, PAIRS, CONSUMERS, STAGES, TURNS,
+                )),
+                (_consume_pairs, (
+                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, gl.constexpr(2),
+                    OUTPUTS, PAIRS, CONSUMERS, STAGES, TURNS,
+                )),
+                (_produce_pairs, (
+                    weight_descs, x_desc, x_rest_desc, weight_boxes, x_boxes, full, empty,
+                    OUTPUTS, PAIRS, TOKENS, CONSUMERS, STAGES, TURNS, PDL,
+                )),
+            ],
+            [4, 4, 1], [REGISTERS, REGISTERS, REST],
+        )  # fmt: skip
+
+
+# -- launches --------------------------------------------------------------------------------------------------------------
+def linear_pieces(x_TH: Tensor, weight_OH: Tensor, *, tile: LinearTile | None = None) -> Tensor:
+    """-> fp32 [P, T, O], whose sum over P is x W^T."""
+    num_tokens, size = _check(x_TH, weight_OH, MAX_TOKENS)
+    num_outputs = len(weight_OH)
+    tile = tile or choose_linear_tile(num_outputs)
+    if tile.rows != 64:
+        raise ValueError(f"a program has 64 outputs, not {tile.rows}")
+    out = torch.empty((tile.num_pieces, num_tokens, num_outputs), dtype=torch.float32, device=x_TH.device)
+    beside = triton.cdiv(num_tokens, _BOX.value) * _BOX.value
+    tiles, turns = triton.cdiv(num_outputs, 64), triton.cdiv(size, _WIDTH.value * tile.num_pieces)
+    registers, most = (40, 128) if beside <= 240 else (104, 160)
+    _linear_pieces[(tiles * tile.num_pieces,)](
+        _boxes(weight_OH, 64), _boxes(x_TH, 64), _boxes(x_TH, 16), out, num_tokens,
+        OUTPUTS=num_outputs, TILES=tiles, N=beside, STAGES=_num_stages(64 + beside, turns), TURNS=turns,
+        REGISTERS=registers, num_warps=4, maxnreg=most, **dependent.options(x_TH.device),
+    )  # fmt: skip
+    return out
+
+
+def linear_silu_mul(x_TH: Tensor, weight_O2H: Tensor, *, tile: LinearTile | None = None) -> Tensor:
+    """-> [T, O], of weights [2 O, H] whose first half is gate."""
+    num_tokens, size = _check(x_TH, weight_O2H, MAX_SILU_TOKENS)
+    num_outputs = len(weight_O2H) // 2
+    tile = tile or choose_linear_tile(num_outputs, silu=True)
+    if tile.rows % 16 or not 0 < tile.rows <= MAX_PAIRS:
+        raise ValueError(f"a program has a multiple of 16 pairs, up to {MAX_PAIRS}, not {tile.rows}")
+    out = x_TH.new_empty((num_tokens, num_outputs))
+    consumers = max(2, triton.cdiv(num_tokens, 64))
+    turns = triton.cdiv(size, _WIDTH.value)
+    registers, rest = (232, 40) if consumers == 2 else (160, 32)
+    _linear_silu_mul[(triton.cdiv(num_outputs, tile.rows),)](
+        *(_boxes(weight_O2H, rows) for rows in (64, 32, 16)), _boxes(x_TH, 64), _boxes(x_TH, 16), out, num_tokens,
+        OUTPUTS=num_outputs, PAIRS=tile.rows, TOKENS=triton.cdiv(num_tokens, _BOX.value) * _BOX.value, CONSUMERS=consumers,
+        STAGES=_num_stages(2 * tile.rows + 64 * consumers, turns), TURNS=turns,
+        REGISTERS=registers, REST=rest, num_warps=4, **dependent.options(x_TH.device),
+    )  # fmt: skip
+    return out
+
+
+def _check(x_TH: Tensor, weight: Tensor, most: int) -> tuple[int, int]:
+    """-> x's shape."""
+    num_tokens, size = x_TH.shape
+    if not 0 < num_tokens <= most:
+        raise ValueError(f"1 to {most} tokens, not {num_tokens}")
+    if not weight.is_contiguous() or weight.shape[1] != size:
+        raise ValueError(f"x {list(x_TH.shape)} and weight {list(weight.shape)} don't match, or it is not contiguous")
+    if weight.dtype is not x_TH.dtype:
+        raise TypeError("x and weight must be of one dtype")
+    return num_tokens, size
+
+
+def _boxes(x: Tensor, rows: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, _WIDTH.value], _FLAT.value)
+
+
+def _num_stages(rows: int, turns: int) -> int:
+    return min(MAX_STAGES, turns, SHARED_BYTES // (rows * _WIDTH.value * 2))
