@@ -236,16 +236,16 @@ class GraphRunner:
             if found not in tiles:
                 decode.add(num_entries)
             tiles.add(found)
-        with compiling_ahead(num_threads):
-            for num_entries in sorted(decode):
+        with compiling_ahead(num_threads):  # the largest first: what is allocated for it serves the others
+            for num_tokens, is_long in reversed(list(kinds_of_mixed(first_of(self.sizes.mixed, LONG)))):
+                size = self.sizes.of_tokens(num_tokens, is_long)
+                self._mixed_layers(size, plans_of(size))
+            for num_entries in sorted(decode, reverse=True):
                 size = self.sizes.of_entries(num_entries)
                 size.hidden_NH = self._layers(size, plans_of(size))
                 self._draw(size, False)
                 self._draw(size, True)
                 size.hidden_NH = None
-            for num_tokens, is_long in kinds_of_mixed(first_of(self.sizes.mixed, LONG)):
-                size = self.sizes.of_tokens(num_tokens, is_long)
-                self._mixed_layers(size, plans_of(size))
 
     def _capture_layers(self, size: GraphSize, plans: Sequence[Any]) -> None:
         """Runs the layers over what is staged, and captures them."""

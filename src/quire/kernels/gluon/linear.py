@@ -11,7 +11,7 @@ all multiprocessors, in one go. A program's warps have parts:
                       the multiprocessors; the price is that each reads all tokens, from L2.
     linear_silu_mul   a consumer for each 64 tokens: times a tile of gate rows and the up rows that belong to them, so many that
                       all tiles run at once (14,336 outputs are 128 tiles of 112). A thread has the gate and the up of an
-                      output.
+                      output. The last 64 tokens are a consumer's too, be some another's as well.
 
 What goes through shared memory lies there in boxes of 16 rows of 64 inputs (2 KiB, in the matrix units' swizzle), so that any
 multiple of 16 rows can stand beside 64: the matrix units take them in parts, which are powers of two.
@@ -103,9 +103,8 @@ def _load(desc, rest_desc, boxes, place, full, row, at, ROWS: gl.constexpr):
 
 @gluon.jit
 def _sum_up(
-    a_boxes, b_boxes, full, empty,
-    A_STAGE: gl.constexpr, A_FIRST: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-    IN_REGISTERS: gl.constexpr,
+    a_boxes, b_boxes, full, empty, turns,
+    A_STAGE: gl.constexpr, A_FIRST: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """-> the parts of a b^T, fp32 [64, n] each. a: 64 rows from box A_FIRST of a stage's A_STAGE boxes; b: N rows.
 
@@ -115,7 +114,7 @@ def _sum_up(
     sums = ()
     for i in gl.static_range(_num_parts(N)):
         sums = sums + (gl.zeros([64, _part(N, i)], gl.float32, _layout(N, i)),)  # noqa: RUF005
-    for turn in range(TURNS):
+    for turn in range(turns):
         stage = turn % STAGES
         mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
         a = a_boxes.index(stage * A_STAGE + A_FIRST)._reinterpret(a_boxes.dtype, [64, _WIDTH], _FLAT)
@@ -162,21 +161,20 @@ def _barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
 # -- linear_pieces ---------------------------------------------------------------------------------------------------------
 @gluon.jit
 def _produce_pieces(
-    weight_desc, x_desc, x_rest_desc, weight_boxes, x_boxes, full, empty,
-    TILES: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, PDL: gl.constexpr,
+    weight_desc, x_desc, x_rest_desc, weight_boxes, x_boxes, full, empty, tiles, turns,
+    N: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     BYTES: gl.constexpr = (64 + N) * _WIDTH * 2
-    AHEAD: gl.constexpr = min(STAGES, TURNS)
-    row = gl.program_id(0) % TILES * 64
-    begin = gl.program_id(0) // TILES * TURNS
-    for i in gl.static_range(AHEAD):
+    row = gl.program_id(0) % tiles * 64
+    begin = gl.program_id(0) // tiles * turns
+    for i in gl.static_range(STAGES):
         mbarrier.expect(full.index(i), BYTES)
         _load(weight_desc, weight_desc, weight_boxes, i * _BOXES, full.index(i), row, (begin + i) * _WIDTH, 64)
     if PDL:
         asm("griddepcontrol.wait; // $0")
-    for j in gl.static_range(AHEAD):
+    for j in gl.static_range(STAGES):
         _load(x_desc, x_rest_desc, x_boxes, j * (N // _BOX), full.index(j), 0, (begin + j) * _WIDTH, N)
-    for turn in range(AHEAD, TURNS):
+    for turn in range(STAGES, turns):
         stage = turn % STAGES
         at = (begin + turn) * _WIDTH
         mbarrier.wait(empty.index(stage), (turn // STAGES) & 1 ^ 1)
@@ -187,26 +185,25 @@ def _produce_pieces(
 
 @gluon.jit
 def _consume_pieces(
-    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty,
-    OUTPUTS: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, num_outputs, tiles, turns, N: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    sums = _sum_up(weight_boxes, x_boxes, full, empty, _BOXES, 0, N, STAGES, TURNS, False)
-    row = gl.program_id(0) % TILES * 64
-    piece_ptr = out_ptr + gl.program_id(0) // TILES * num_tokens * OUTPUTS
+    sums = _sum_up(weight_boxes, x_boxes, full, empty, turns, _BOXES, 0, N, STAGES, False)
+    row = gl.program_id(0) % tiles * 64
+    piece_ptr = out_ptr + gl.program_id(0) // tiles * num_tokens * num_outputs
     for i in gl.static_range(_num_parts(N)):
         row_R = row + gl.arange(0, 64, layout=gl.SliceLayout(1, _layout(N, i)))
         token_N = _start(N, i) + gl.arange(0, _part(N, i), layout=gl.SliceLayout(0, _layout(N, i)))
-        mask_RN = (row_R < OUTPUTS)[:, None] & (token_N < num_tokens)[None, :]
-        gl.store(piece_ptr + (token_N * OUTPUTS)[None, :] + row_R[:, None], sums[i], mask=mask_RN)
+        mask_RN = (row_R < num_outputs)[:, None] & (token_N < num_tokens)[None, :]
+        gl.store(piece_ptr + (token_N * num_outputs)[None, :] + row_R[:, None], sums[i], mask=mask_RN)
 
 
-@gluon.jit(do_not_specialize=["num_tokens"])
+# One compilation for each N serves all layers.
+@gluon.jit(do_not_specialize=["num_tokens", "num_outputs", "tiles", "turns"])
 def _linear_pieces(
-    weight_desc, x_desc, x_rest_desc, out_ptr, num_tokens,
-    OUTPUTS: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-    REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    weight_desc, x_desc, x_rest_desc, out_ptr, num_tokens, num_outputs, tiles, turns,
+    N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Program p * TILES + i: outputs [64 i, 64 (i + 1)) of N tokens, over TURNS turns of inputs from turn p * TURNS."""
+    """Program p * tiles + i: outputs [64 i, 64 (i + 1)) of N tokens, over `turns` turns of inputs from turn p * turns."""
     if PDL:
         asm("griddepcontrol.launch_dependents; // $0")
     dtype: gl.constexpr = x_desc.dtype
@@ -215,9 +212,11 @@ def _linear_pieces(
     full, empty = _barriers(STAGES, 1)
     gl.warp_specialize(
         [
-            (_consume_pieces, (out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, OUTPUTS, TILES, N, STAGES, TURNS)),
+            (_consume_pieces, (
+                out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, num_outputs, tiles, turns, N, STAGES,
+            )),
             (_produce_pieces, (
-                weight_desc, x_desc, x_rest_desc, weight_boxes, x_boxes, full, empty, TILES, N, STAGES, TURNS, PDL,
+                weight_desc, x_desc, x_rest_desc, weight_boxes, x_boxes, full, empty, tiles, turns, N, STAGES, PDL,
             )),
         ],
         [1], [REGISTERS],
@@ -237,30 +236,42 @@ def _load_pairs(weight_descs, boxes, place, full, row, at, OUTPUTS: gl.constexpr
 
 
 @gluon.jit
+def _first_token(num_tokens, which):
+    """Of a consumer's 64. They are whole where there are so many: better some tokens twice than rows from beyond the end,
+    which come slowly."""
+    return gl.maximum(gl.minimum(which * 64, num_tokens - 64), 0)
+
+
+@gluon.jit
+def _load_tokens(x_desc, boxes, place, full, num_tokens, at, CONSUMERS: gl.constexpr):
+    for which in gl.static_range(CONSUMERS):
+        target = boxes.index(place + which * _BOXES)._reinterpret(boxes.dtype, [64, _WIDTH], _FLAT)
+        tma.async_copy_global_to_shared(x_desc, [_first_token(num_tokens, which), at], full, target)
+
+
+@gluon.jit
 def _produce_pairs(
-    weight_descs, x_desc, x_rest_desc, weight_boxes, x_boxes, full, empty,
-    OUTPUTS: gl.constexpr, PAIRS: gl.constexpr, TOKENS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr, PDL: gl.constexpr,
+    weight_descs, x_desc, weight_boxes, x_boxes, full, empty, num_tokens, turns,
+    OUTPUTS: gl.constexpr, PAIRS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    BYTES: gl.constexpr = (2 * PAIRS + TOKENS) * _WIDTH * 2
-    AHEAD: gl.constexpr = min(STAGES, TURNS)
+    BYTES: gl.constexpr = (2 * PAIRS + 64 * CONSUMERS) * _WIDTH * 2
     W_STAGE: gl.constexpr = 2 * PAIRS // _BOX
     X_STAGE: gl.constexpr = CONSUMERS * _BOXES
     row = gl.program_id(0) * PAIRS
-    for i in gl.static_range(AHEAD):
+    for i in gl.static_range(STAGES):
         mbarrier.expect(full.index(i), BYTES)
         _load_pairs(weight_descs, weight_boxes, i * W_STAGE, full.index(i), row, i * _WIDTH, OUTPUTS, PAIRS)
     if PDL:
         asm("griddepcontrol.wait; // $0")
-    for j in gl.static_range(AHEAD):
-        _load(x_desc, x_rest_desc, x_boxes, j * X_STAGE, full.index(j), 0, j * _WIDTH, TOKENS)
-    for turn in range(AHEAD, TURNS):
+    for j in gl.static_range(STAGES):
+        _load_tokens(x_desc, x_boxes, j * X_STAGE, full.index(j), num_tokens, j * _WIDTH, CONSUMERS)
+    for turn in range(STAGES, turns):
         stage = turn % STAGES
         at = turn * _WIDTH
         mbarrier.wait(empty.index(stage), (turn // STAGES) & 1 ^ 1)
         mbarrier.expect(full.index(stage), BYTES)
         _load_pairs(weight_descs, weight_boxes, stage * W_STAGE, full.index(stage), row, at, OUTPUTS, PAIRS)
-        _load(x_desc, x_rest_desc, x_boxes, stage * X_STAGE, full.index(stage), 0, at, TOKENS)
+        _load_tokens(x_desc, x_boxes, stage * X_STAGE, full.index(stage), num_tokens, at, CONSUMERS)
 
 
 @gluon.jit
@@ -272,17 +283,18 @@ def _silu_mul(gate, up, dtype: gl.constexpr):
 
 @gluon.jit
 def _consume_pairs(
-    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, WHICH: gl.constexpr,
-    OUTPUTS: gl.constexpr, PAIRS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, turns, WHICH: gl.constexpr,
+    OUTPUTS: gl.constexpr, PAIRS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = x_boxes.dtype
     X_STAGE: gl.constexpr = CONSUMERS * _BOXES
-    sums = _sum_up(x_boxes, weight_boxes, full, empty, X_STAGE, WHICH * _BOXES, 2 * PAIRS, STAGES, TURNS, True)
+    sums = _sum_up(x_boxes, weight_boxes, full, empty, turns, X_STAGE, WHICH * _BOXES, 2 * PAIRS, STAGES, True)
     for i in gl.static_range(_num_parts(2 * PAIRS)):
         gate, up = gl.split(sums[i].reshape([64, 2, _part(2 * PAIRS, i) // 2]).permute([0, 2, 1]))
         _put(
-            _silu_mul(gate, up, dtype), out_ptr, num_tokens, x_boxes.index(i * X_STAGE + WHICH * _BOXES), WHICH * 64,
-            gl.program_id(0) * PAIRS + _start(2 * PAIRS, i) // 2, OUTPUTS, _part(2 * PAIRS, i) // 2,
+            _silu_mul(gate, up, dtype), out_ptr, num_tokens, x_boxes.index(i * X_STAGE + WHICH * _BOXES),
+            _first_token(num_tokens, WHICH), gl.program_id(0) * PAIRS + _start(2 * PAIRS, i) // 2,
+            OUTPUTS, _part(2 * PAIRS, i) // 2,
         )  # fmt: skip
 
 
@@ -301,13 +313,13 @@ def _put(y, out_ptr, num_tokens, box, token, column, OUTPUTS: gl.constexpr, COLU
     gl.store(out_ptr + (token_T * OUTPUTS)[:, None] + column_C[None, :], buffer.load(ROWS), mask=mask_TC)
 
 
-@gluon.jit(do_not_specialize=["num_tokens"])
+@gluon.jit(do_not_specialize=["num_tokens", "turns"])
 def _linear_silu_mul(
-    weight_desc64, weight_desc32, weight_desc16, x_desc, x_rest_desc, out_ptr, num_tokens,
-    OUTPUTS: gl.constexpr, PAIRS: gl.constexpr, TOKENS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr, PDL: gl.constexpr,
+    weight_desc64, weight_desc32, weight_desc16, x_desc, out_ptr, num_tokens, turns,
+    OUTPUTS: gl.constexpr, PAIRS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr, REST: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Program i: outputs [PAIRS * i, PAIRS * (i + 1)) of TOKENS tokens."""
+    """Program i: outputs [PAIRS * i, PAIRS * (i + 1)) of all tokens."""
     if PDL:
         asm("griddepcontrol.launch_dependents; // $0")
     dtype: gl.constexpr = x_desc.dtype
@@ -319,16 +331,16 @@ def _linear_silu_mul(
         gl.warp_specialize(
             [
                 (_consume_pairs, (
-                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, gl.constexpr(0),
-                    OUTPUTS, PAIRS, CONSUMERS, STAGES, TURNS,
+                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, turns, gl.constexpr(0),
+                    OUTPUTS, PAIRS, CONSUMERS, STAGES,
                 )),
                 (_consume_pairs, (
-                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, gl.constexpr(1),
-                    OUTPUTS, PAIRS, CONSUMERS, STAGES, TURNS,
+                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, turns, gl.constexpr(1),
+                    OUTPUTS, PAIRS, CONSUMERS, STAGES,
                 )),
                 (_produce_pairs, (
-                    weight_descs, x_desc, x_rest_desc, weight_boxes, x_boxes, full, empty,
-                    OUTPUTS, PAIRS, TOKENS, CONSUMERS, STAGES, TURNS, PDL,
+                    weight_descs, x_desc, weight_boxes, x_boxes, full, empty, num_tokens, turns,
+                    OUTPUTS, PAIRS, CONSUMERS, STAGES, PDL,
                 )),
             ],
             [4, 1], [REGISTERS, REST],
@@ -337,20 +349,20 @@ def _linear_silu_mul(
         gl.warp_specialize(
             [
                 (_consume_pairs, (
-                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, gl.constexpr(0),
-                    OUTPUTS, PAIRS, CONSUMERS, STAGES, TURNS,
+                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, turns, gl.constexpr(0),
+                    OUTPUTS, PAIRS, CONSUMERS, STAGES,
                 )),
                 (_consume_pairs, (
-                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, gl.constexpr(1),
-                    OUTPUTS, PAIRS, CONSUMERS, STAGES, TURNS,
+                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, turns, gl.constexpr(1),
+                    OUTPUTS, PAIRS, CONSUMERS, STAGES,
                 )),
                 (_consume_pairs, (
-                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, gl.constexpr(2),
-                    OUTPUTS, PAIRS, CONSUMERS, STAGES, TURNS,
+                    out_ptr, num_tokens, weight_boxes, x_boxes, full, empty, turns, gl.constexpr(2),
+                    OUTPUTS, PAIRS, CONSUMERS, STAGES,
                 )),
                 (_produce_pairs, (
-                    weight_descs, x_desc, x_rest_desc, weight_boxes, x_boxes, full, empty,
-                    OUTPUTS, PAIRS, TOKENS, CONSUMERS, STAGES, TURNS, PDL,
+                    weight_descs, x_desc, weight_boxes, x_boxes, full, empty, num_tokens, turns,
+                    OUTPUTS, PAIRS, CONSUMERS, STAGES, PDL,
                 )),
             ],
             [4, 4, 1], [REGISTERS, REGISTERS, REST],
@@ -370,8 +382,8 @@ def linear_pieces(x_TH: Tensor, weight_OH: Tensor, *, tile: LinearTile | None = 
     tiles, turns = triton.cdiv(num_outputs, 64), triton.cdiv(size, _WIDTH.value * tile.num_pieces)
     registers, most = (40, 128) if beside <= 240 else (104, 160)
     _linear_pieces[(tiles * tile.num_pieces,)](
-        _boxes(weight_OH, 64), _boxes(x_TH, 64), _boxes(x_TH, 16), out, num_tokens,
-        OUTPUTS=num_outputs, TILES=tiles, N=beside, STAGES=_num_stages(64 + beside, turns), TURNS=turns,
+        _boxes(weight_OH, 64), _boxes(x_TH, 64), _boxes(x_TH, 16), out, num_tokens, num_outputs, tiles, turns,
+        N=beside, STAGES=_num_stages(64 + beside, turns),
         REGISTERS=registers, num_warps=4, maxnreg=most, **dependent.options(x_TH.device),
     )  # fmt: skip
     return out
@@ -389,9 +401,9 @@ def linear_silu_mul(x_TH: Tensor, weight_O2H: Tensor, *, tile: LinearTile | None
     turns = triton.cdiv(size, _WIDTH.value)
     registers, rest = (232, 40) if consumers == 2 else (160, 32)
     _linear_silu_mul[(triton.cdiv(num_outputs, tile.rows),)](
-        *(_boxes(weight_O2H, rows) for rows in (64, 32, 16)), _boxes(x_TH, 64), _boxes(x_TH, 16), out, num_tokens,
-        OUTPUTS=num_outputs, PAIRS=tile.rows, TOKENS=triton.cdiv(num_tokens, _BOX.value) * _BOX.value, CONSUMERS=consumers,
-        STAGES=_num_stages(2 * tile.rows + 64 * consumers, turns), TURNS=turns,
+        *(_boxes(weight_O2H, rows) for rows in (64, 32, 16)), _boxes(x_TH, 64), out, num_tokens, turns,
+        OUTPUTS=num_outputs, PAIRS=tile.rows, CONSUMERS=consumers,
+        STAGES=_num_stages(2 * tile.rows + 64 * consumers, turns),
         REGISTERS=registers, REST=rest, num_warps=4, **dependent.options(x_TH.device),
     )  # fmt: skip
     return out
