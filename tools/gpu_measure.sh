@@ -4,7 +4,7 @@
 #     tools/gpu_measure.sh PART ... [requests] [lists] [prefill] [kernels] [startup] [http] [long] [rates] [peer] [sanitize]
 #
 # Tables go to the terminal, JSON and pictures to $OUT (default /tmp). WORKLOAD: a JSON list of [prompt tokens, output tokens];
-# TRACE: a CSV of arrivals, for `rates`; TOKENIZER: a directory, for `http`; SHAPES: those to take, of `quire bench --help`.
+# TRACE: a CSV of arrivals, for `rates`; TOKENIZER: a directory, for `http` and `rates`; SHAPES: those to take, of `quire bench --help`.
 set -u
 OUT=${OUT:-/tmp}
 SHAPES=${SHAPES:-"llama-3.1-8b qwen3-0.6b"}
@@ -26,7 +26,7 @@ engine() { # a benchmark of the engine, as a peer would be measured: no prefix c
     bench "$name" "$part-$shape" --shape "$shape" --dtype "$DTYPE" --swap-space 0 --no-enable-prefix-caching "$@"
 }
 
-http() { # shape; the list through a server, streamed and not
+serve() { # shape; starts a server, and waits until it is ready
     directory=$OUT/model-$1
     mkdir -p "$directory"
     $PYTHON -c "import json, sys; from quire.bench.shapes import SHAPES; json.dump(SHAPES[sys.argv[1]], sys.stdout)" "$1" \
@@ -40,12 +40,27 @@ http() { # shape; the list through a server, streamed and not
         kill -0 $server 2>/dev/null && [ $tries -lt 300 ] || { tail -n 5 "$OUT/serve-$1.log"; kill $server; return 1; }
         sleep 0.5
     done
+}
+
+end_server() {
+    kill -INT $server
+    wait $server
+}
+
+http() { # shape; the list through a server, streamed and not
+    serve "$1" || return
     for how in stream no-stream stream no-stream; do
         bench serve "serve-$1-$how" --url "http://127.0.0.1:$PORT" --workload "$WORKLOAD" --prompt-kind ids \
             --endpoint completions --request-rate inf --temperature 0.6 --client-processes "${CLIENTS:-4}" --$how
     done
-    kill -INT $server
-    wait $server
+    end_server
+}
+
+rates() { # shape; a trace's requests through a server
+    serve "$1" || return
+    bench rates "rates-$1" --url "http://127.0.0.1:$PORT" --workload "$TRACE" --temperature 0.6 --first-rate "${FIRST_RATE:-4}" \
+        --seconds "${SECONDS_EACH:-20}" --client-processes "${CLIENTS:-4}" --svg "$OUT/rates-$1.svg"
+    end_server
 }
 
 for part in "$@"; do
@@ -65,7 +80,7 @@ for part in "$@"; do
             startup) bench startup "startup-$shape" --shape "$shape" --dtype "$DTYPE" ${STARTUP_OPTIONS:-} ;;
             http) http "$shape" ;;
             long) engine long-prompt "$shape" --prompt-len "${LONG:-128000}" --step-target-ms 50 --max-model-len "$((${LONG:-128000} + 64))" ;;
-            rates) engine rates "$shape" --workload "$TRACE" --first-rate 4 --seconds 20 --svg "$OUT/rates-$shape.svg" ;;
+            rates) rates "$shape" ;;
             peer) engine throughput "$shape" --temperature 0.6 --workload "$WORKLOAD" --repeat 1 --peer transformers --peer-requests 256 ;;
             *) echo "no part is called $part" >&2; exit 2 ;;
             esac

@@ -18,6 +18,7 @@ from quire.bench.long_prompt import gap_row
 from quire.bench.subject import Subject, decode_params
 from quire.bench.traffic import items_of
 from quire.config import EngineConfig
+from sse_server import Reply, SseServer
 
 
 @pytest.fixture
@@ -157,6 +158,41 @@ def test_rates_rise_until_the_latency_does(bench: Any, tmp_path: Path, monkeypat
     assert sum(1 for element in ElementTree.parse(picture).iter() if element.tag.endswith("circle")) == 6
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_rates_over_http(processes: str, tmp_path: Path) -> None:
+    """A pretend server whose tokens come every 20 ms, and at the third rate every 200 ms."""
+
+    def behave(path: str, body: Any, count: int) -> Reply:
+        return Reply(["x"] * body["max_tokens"], 0.2 if count >= 2 + 2 + 4 else 0.02)
+
+    trace, file, picture = tmp_path / "trace.json", tmp_path / "report.json", tmp_path / "curve.svg"
+    trace.write_text(json.dumps([[5, 3], [9, 4]]))
+    with SseServer(behave, max_model_len=64) as server:
+        options = ["--url", server.url, "--workload", str(trace), "--client-processes", processes]
+        options += ["--first-rate", "20", "--factor", "2", "--seconds", "0.1", "--svg", str(picture)]
+        assert cli.main(["bench", "rates", *options, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert [row["requests"] for row in found["rows"]] == [2, 4, 8]
+    fast, _, slow = (row["median s/token"] for row in found["rows"])
+    assert 0.018 < fast < 0.2 <= slow
+    assert found["last rate within 3 times the plateau"] == 40 and found["device"] == server.url
+    assert found["title"] == "pretend: trace.json at rising rates, over HTTP"
+    bodies = server.bodies
+    assert len(bodies) == 2 + 2 + 4 + 8  # it was warmed up with two
+    assert sorted(len(body["prompt"]) for body in bodies[2:4]) == [5, 9]
+    assert bodies[0]["ignore_eos"] and bodies[0]["stream"] and bodies[0]["model"] == "pretend"
+    assert picture.exists()
+
+
+def test_rates_over_http_tell_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    with SseServer(lambda path, body, count: Reply(status=503, message="too busy"), max_model_len=640) as server:
+        assert cli.main(["bench", "rates", "--url", server.url]) != 0
+    assert "4 of 4 requests failed: HTTP 503: too busy" in capsys.readouterr().err
+    with SseServer() as server:
+        assert cli.main(["bench", "rates", "--url", server.url]) == 2
+    assert "does not tell how many tokens" in capsys.readouterr().err
+
+
 def test_a_traces_own_times_are_scaled_to_the_rate() -> None:
     items = list(items_of([(5, 5)] * 4))
 
@@ -232,6 +268,8 @@ def test_options_for_a_server_are_those_that_are_no_defaults() -> None:
         ["long-prompt", "--num-requests", "9", "--max-num-seqs", "9", "--shape", "dummy"],
         ["rates", "--factor", "1", "--shape", "dummy"],
         ["rates", "--arrivals", "trace", "--shape", "dummy"],
+        ["rates", "--url", "http://127.0.0.1:1", "--shape", "dummy"],
+        ["rates", "--url", "http://127.0.0.1:1", "--client-processes", "0"],
         ["startup", "--input-len", "0", "--shape", "dummy"],
         ["prefill"],
     ],

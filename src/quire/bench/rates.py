@@ -4,24 +4,32 @@ Normalized latency is a request's end-to-end latency divided by the length of it
 whose figure 12 this is; there it is the mean, here both). The plateau is the lowest median so far; a rate whose median is
 --beyond times as high is the last. Each rate sends as many of the trace's requests as come in --seconds, from the trace's
 beginning, and waits for all of them. The engine runs in this process, without HTTP, and takes requests between steps, when
-they are due.
+they are due; with --url, a running server answers them, in streams.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from quire.bench.http import Target
+from quire.bench.load import Job, Load, SplitLoad
 from quire.bench.picture import draw_curve, write_text
 from quire.bench.report import add_report_arguments, report
+from quire.bench.serve import allow_many_files, ask_model
 from quire.bench.subject import Subject, add_model_arguments, chosen_config, without_prefix_cache
 from quire.bench.summary import percentile
 from quire.bench.traffic import (
+    FIRST_TOKEN_ID,
     Item,
     PromptMaker,
     arrival_times,
@@ -32,7 +40,7 @@ from quire.bench.traffic import (
     trace_times,
 )
 from quire.bench.workload import draw_lengths
-from quire.errors import ConfigError
+from quire.errors import ConfigError, QuireError
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
 HELP = "a trace's requests at rising rates, until latency leaves its plateau: the curve"
@@ -61,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=30.0, metavar="S", help="in which requests come, at each rate (30)"
     )
     when.add_argument("--beyond", type=float, default=3.0, metavar="X", help="times the plateau at which it ends (3)")
+    server = parser.add_argument_group("server", "instead of an engine in this process")
+    server.add_argument("--url", help="of a running OpenAI-compatible server, best without a prefix cache")
+    server.add_argument("--api-key", metavar="KEY", help="default: the environment's QUIRE_API_KEY, if there is one")
+    server.add_argument(
+        "--vocab-size", type=int, default=500, metavar="N", help="its prompts' ids are below this (500)"
+    )
+    server.add_argument("--client-processes", type=int, default=1, metavar="N", help="processes that send (1)")
     parser.add_argument("--svg", metavar="FILE", help="draw the curve")
     add_report_arguments(parser)
     add_model_arguments(what, parser)
@@ -77,25 +92,22 @@ def run(args: argparse.Namespace) -> int:
     if args.arrivals == "trace" and trace_times(items, 1.0) is None:
         raise ConfigError(f"--arrivals trace: {args.workload or 'what is drawn'} tells no times")
     items = [scale_lengths(item, args.length_scale) for item in items]
-    longest = max(item.num_prompt + (item.num_output or args.max_tokens) for item in items)
     rows: list[dict[str, Any]] = []
-    with chosen_config(args, longest) as config:
-        subject = Subject(without_prefix_cache(config))
-        items = [fit(item, subject.engine.max_model_len) for item in items]
+    with _over_http(args) if args.url else _in_process(args, items) as answering:
+        items = [fit(item, answering.max_model_len) for item in items]
         plateau, rate = float("inf"), args.first_rate
-        serve(subject, args, items[:4], [0.0] * len(items[:4]))  # warms up
+        answering.answer(items[:4], [0.0] * len(items[:4]))  # warms up
         for _ in range(args.max_rates):
             part, times = choose(items, rate, args)
-            rows.append(row := rate_row(rate, serve(subject, args, part, times)))
+            rows.append(row := rate_row(rate, answering.answer(part, times)))
             median = row["median s/token"]
             plateau = min(plateau, median)
             if median > args.beyond * plateau:
                 break
             rate *= args.factor
-        facts = subject.facts
-        subject.shutdown()
+        facts = answering.facts
     name = Path(args.workload).name if args.workload else "drawn lengths"
-    title = f"{args.shape or args.model}: {name} at rising rates"
+    title = f"{answering.name}: {name} at rising rates{', over HTTP' if args.url else ''}"
     facts |= {
         "arrivals": args.arrivals,
         "plateau, s/token": plateau,
@@ -131,40 +143,135 @@ class Answered:
     num_output: int
 
 
-def serve(subject: Subject, args: argparse.Namespace, items: Sequence[Item], times: Sequence[float]) -> list[Answered]:
-    """Answers all, each from its time on."""
-    engine, clock = subject.engine, subject.engine.clock
-    found: list[Answered] = []
-    prompts = PromptMaker(engine.model.vocab_size, args.seed)
-    waiting = [
-        (str(i), prompts.token_ids(item), _params(item.num_output or args.max_tokens, args.temperature))
-        for i, item in enumerate(items)
-    ][::-1]
-    engine.kv.pool.drop_cache()
-    subject.watch.reset()
-    began_s = clock()
-    while len(found) < len(items):
-        while waiting and times[int(waiting[-1][0])] <= clock() - began_s:
-            request_id, prompt, params = waiting.pop()
-            engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
-        if not engine.has_unfinished:
-            time.sleep(min(max(times[int(waiting[-1][0])] - (clock() - began_s), 0.0), 0.001))
-            continue
-        for output in engine.step():
-            due_s = began_s + times[int(output.request_id)]
-            metrics: Any = output.metrics
-            found.append(
-                Answered(
-                    metrics.finished_time - due_s, metrics.first_token_time - due_s, len(output.outputs[0].token_ids)
+class Answering(Protocol):
+    """Who answers. Facts are for the report, "device" among them; name: the model's."""
+
+    name: str
+    max_model_len: int
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
+
+    def answer(self, items: Sequence[Item], times: Sequence[float]) -> list[Answered]:
+        """Answers all, each from its time on."""
+        ...
+
+
+@contextmanager
+def _in_process(args: argparse.Namespace, items: Sequence[Item]) -> Iterator[Answering]:
+    longest = max(item.num_prompt + (item.num_output or args.max_tokens) for item in items)
+    with chosen_config(args, longest) as config:
+        subject = Subject(without_prefix_cache(config))
+        yield InProcess(args, subject)
+        subject.shutdown()
+
+
+class InProcess:
+    """An engine in this process, which takes requests between steps."""
+
+    def __init__(self, args: argparse.Namespace, subject: Subject) -> None:
+        self._args, self._subject = args, subject
+        self.name = args.shape or args.model
+        self.max_model_len = subject.engine.max_model_len
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self._subject.facts
+
+    def answer(self, items: Sequence[Item], times: Sequence[float]) -> list[Answered]:
+        args, engine = self._args, self._subject.engine
+        clock = engine.clock
+        found: list[Answered] = []
+        prompts = PromptMaker(engine.model.vocab_size, args.seed)
+        waiting = [
+            (str(i), prompts.token_ids(item), _params(item.num_output or args.max_tokens, args.temperature))
+            for i, item in enumerate(items)
+        ][::-1]
+        engine.kv.pool.drop_cache()
+        self._subject.watch.reset()
+        began_s = clock()
+        while len(found) < len(items):
+            while waiting and times[int(waiting[-1][0])] <= clock() - began_s:
+                request_id, prompt, params = waiting.pop()
+                engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
+            if not engine.has_unfinished:
+                time.sleep(min(max(times[int(waiting[-1][0])] - (clock() - began_s), 0.0), 0.001))
+                continue
+            for output in engine.step():
+                due_s = began_s + times[int(output.request_id)]
+                metrics: Any = output.metrics
+                found.append(
+                    Answered(
+                        metrics.finished_time - due_s,
+                        metrics.first_token_time - due_s,
+                        len(output.outputs[0].token_ids),
+                    )
                 )
-            )
-    return found
+        return found
 
 
 def _params(num_output: int, temperature: float) -> SamplingParams:
     return SamplingParams(
         temperature=temperature, max_tokens=num_output, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
     )
+
+
+@contextmanager
+def _over_http(args: argparse.Namespace) -> Iterator[Answering]:
+    if args.shape or args.model:
+        raise ConfigError("--url: the server has its model; leave --shape and --model out")
+    if args.client_processes < 1 or args.vocab_size <= FIRST_TOKEN_ID:
+        raise ConfigError(f"--client-processes must be positive, --vocab-size above {FIRST_TOKEN_ID}")
+    allow_many_files()
+    target = Target.from_url(args.url, args.api_key or os.environ.get("QUIRE_API_KEY"))
+    model, max_model_len = asyncio.run(ask_model(target, None))
+    if max_model_len is None:
+        raise ConfigError(f"{args.url} does not tell how many tokens its model takes")
+    yield OverHttp(args, target, model, max_model_len)
+
+
+class OverHttp:
+    """A running server. What it answers with is streamed, and its prompts are token ids that come at no other rate."""
+
+    def __init__(self, args: argparse.Namespace, target: Target, model: str, max_model_len: int) -> None:
+        self._args, self._target, self._model = args, target, model
+        self._runs, self._most_cpu = 0, 0.0
+        self.name = Path(model).name
+        self.max_model_len = max_model_len
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"device": self._args.url, "client CPU, most of a core at a rate": self._most_cpu}
+
+    def answer(self, items: Sequence[Item], times: Sequence[float]) -> list[Answered]:
+        args = self._args
+        self._runs += 1
+        prompts = PromptMaker(args.vocab_size, args.seed + self._runs)
+
+        def body_of(item: Item) -> dict[str, Any]:
+            return {
+                "model": self._model,
+                "prompt": prompts.token_ids(item),
+                "max_tokens": item.num_output or args.max_tokens,
+                "temperature": args.temperature,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+
+        make = partial(SplitLoad, args.client_processes) if args.client_processes > 1 else Load
+        load = make(self._target, "completions")
+        began_s, began_cpu_s = time.perf_counter(), load.cpu_s
+        asyncio.run(load.run([Job(due_s, partial(body_of, item)) for due_s, item in zip(times, items)]))
+        share = (load.cpu_s - began_cpu_s) / (time.perf_counter() - began_s)
+        self._most_cpu = max(self._most_cpu, share)
+        errors = [record.error for record in load.records if record.error is not None]
+        if errors:
+            raise QuireError(f"{len(errors)} of {len(items)} requests failed: {errors[0]}")
+        return [
+            Answered(record.token_s[-1] - due_s, record.token_s[0] - due_s, record.num_output)
+            for record, due_s in zip(load.records, times, strict=True)
+        ]
 
 
 def rate_row(rate: float, answered: Sequence[Answered]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     limits = parse_goodput(args.goodput)
     if args.plot:
         check_can_plot()
-    _allow_many_files()
+    allow_many_files()
     outcome = asyncio.run(_measure(args))
     summary = Summary(outcome.records, outcome.duration_s, limits)
     facts = {**outcome.plan.facts, **summary.facts()}
@@ -273,7 +273,7 @@ class Outcome:
 
 async def _measure(args: argparse.Namespace) -> Outcome:
     target = Target.from_url(args.url, args.api_key or os.environ.get("QUIRE_API_KEY"))
-    model, server_max_len = await _ask_model(target, args.model)
+    model, server_max_len = await ask_model(target, args.model)
     plan = make_plan(args, model, server_max_len)
     for _ in range(args.num_warmups):
         await _warm_up(target, plan, args.timeout, args.stream)
@@ -297,7 +297,7 @@ async def _measure(args: argparse.Namespace) -> Outcome:
     return Outcome(plan, load.records, samples, duration_s, cpu_s)
 
 
-async def _ask_model(target: Target, wanted: str | None) -> tuple[str, int | None]:
+async def ask_model(target: Target, wanted: str | None) -> tuple[str, int | None]:
     """The model's name, and its most tokens if the server tells. Raises ConfigError if there is no such server or model."""
     try:
         async with asyncio.timeout(30), target.open("GET", "/v1/models") as response:
@@ -340,7 +340,7 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def _allow_many_files() -> None:
+def allow_many_files() -> None:
     """Each open connection is a file; the usual soft limit is 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
