@@ -14,11 +14,12 @@ fi
 run_tests() { # name, tests
     name=$1
     shift
-    timeout -s INT 200 python3 -m pytest -q -m gpu --tb=short --maxfail=8 -o filterwarnings=default -p no:cacheprovider \
+    timeout -s INT -k 10 200 python3 -m pytest -q -m gpu --tb=short --maxfail=8 -o filterwarnings=default -p no:cacheprovider \
         --durations=3 "$@" >"$OUT/$name.log" 2>&1
 }
 # The most of it is compiling, so processes share the tests of one file.
-run_tests kernels tests/kernels &
+run_tests kernels tests/kernels --ignore tests/kernels/test_gluon_linear.py &
+run_tests gluon-linear tests/kernels/test_gluon_linear.py &
 run_tests engine tests/engine/test_gpu.py tests/engine/test_gpu_few_tokens.py tests/worker/test_host_memory.py &
 run_tests logits tests/engine/test_bf16_logits.py &
 run_tests triton tests/attention/test_triton_attention.py -k "float64" &
@@ -27,14 +28,14 @@ run_tests triton-rest tests/attention/test_triton_attention.py -k "not float64 a
 run_tests gluon tests/attention/test_gluon_attention.py -k "float64 or random" &
 run_tests gluon-rest tests/attention/test_gluon_attention.py -k "not float64 and not random" &
 wait
-for name in kernels engine logits triton triton-random triton-rest gluon gluon-rest; do
+for name in kernels gluon-linear engine logits triton triton-random triton-rest gluon gluon-rest; do
     echo "== $name"
     tail -n 12 "$OUT/$name.log" | cut -c1-180
 done
 
 for shape in qwen3-0.6b llama-3.1-8b; do
     echo "== $shape"
-    COLUMNS=150 timeout -s INT 50 python3 -m quire bench decode --shape $shape --dtype bfloat16 --max-num-seqs 16 --swap-space 0 \
+    COLUMNS=150 timeout -s INT -k 10 50 python3 -m quire bench decode --shape $shape --dtype bfloat16 --max-num-seqs 16 --swap-space 0 \
         --input-len 512 --output-len 256 --repeat 2 --json "$OUT/decode-$shape.json" >"$OUT/decode-$shape.log" 2>&1
     tail -n 45 "$OUT/decode-$shape.log" | cut -c1-200
 done

@@ -66,11 +66,18 @@ rates() { # shape; a trace's requests through a server
 for part in "$@"; do
     case $part in
     kernels) bench kernels kernels ;;
-    sanitize) # tests of kernels, one process, under the checker of memory accesses
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$PYTHONPATH:tests compute-sanitizer --tool memcheck --error-exitcode 9 \
-            $PYTHON -m pytest -q -m gpu -p no:cacheprovider -o filterwarnings=default -o timeout=0 \
-            tests/kernels tests/attention/test_triton_attention.py tests/attention/test_gluon_attention.py \
-            -k "not random and not real_shapes and not low_tiles" ;;
+    sanitize) # tests of kernels under the checker of memory accesses; quickest where gpu_check.sh has compiled them before
+        for tests in kernels/test_gluon_linear kernels/test_linear kernels/test_skinny kernels/test_triton \
+            attention/test_triton_attention attention/test_gluon_attention; do
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$PYTHONPATH:tests timeout -s INT -k 10 "${LIMIT:-500}" \
+                compute-sanitizer --tool memcheck $PYTHON -m pytest -q -m gpu -p no:cacheprovider -o filterwarnings=default \
+                -o timeout=0 "tests/$tests.py" >"$OUT/sanitize-$(basename $tests).log" 2>&1 &
+        done
+        wait
+        for log in "$OUT"/sanitize-*.log; do
+            echo "== $log"
+            grep -v SKIPPED "$log" | tail -n 3 | cut -c1-200
+        done ;;
     *)
         for shape in $SHAPES; do
             case $part in
