@@ -270,6 +270,8 @@ def serve(channel: Channel, clock: Callable[[], float] = time.monotonic) -> int:
     messages = channel.receive(wait=True)
     if not messages or not isinstance(messages[0], Start):
         return 2
+    if len(messages) > 1:  # nothing but a Stop is sent before it is ready
+        return 0
     began_s = clock()
     try:
         engine = Engine(messages[0].config, clock)
