@@ -30,6 +30,7 @@ def both(x: torch.Tensor, weight: torch.Tensor, tile: LinearTile, pairs: LinearT
     from quire.kernels.gluon import linear
 
     x64, weight64 = x.double(), weight.double()
+    torch.cuda.synchronize()  # kernels read weights without waiting for the one before
     pieces = linear.linear_pieces(x, weight, tile=tile)
     assert len(pieces) == tile.num_pieces and pieces.dtype is torch.float32
     close(pieces.sum(0), twin.linear(x64, weight64))
@@ -47,6 +48,8 @@ SHAPES = {  # inputs, outputs, dtype, pieces, pairs of a program
     "odd-outputs": (256, 74, torch.bfloat16, 1, 16),
     "inputs-in-no-whole-turns": (200, 128, torch.float16, 3, 32),
     "a-piece-without-inputs": (72, 64, torch.bfloat16, 4, 16),
+    "more-parts-than-turns": (64, 256, torch.bfloat16, 1, 48),
+    "more-parts-than-stages": (128, 448, torch.bfloat16, 1, 112),
     "several-parts": (512, 480, torch.float16, 2, 48),
     "other-parts": (512, 480, torch.bfloat16, 2, 80),
     "more-programs-than-multiprocessors": (128, 34_000, torch.bfloat16, 2, 96),
@@ -78,6 +81,7 @@ def test_rounding_is_the_siblings(tokens: int) -> None:
 
     x, weight = torch.randint(-3, 4, (tokens, 256), device=DEVICE), torch.randint(-2, 3, (128, 256), device=DEVICE)
     x, weight = x.to(torch.bfloat16), weight.to(torch.bfloat16)
+    torch.cuda.synchronize()
     sibling = triton_linear.Tile(64, 256, 64, 2, 2)
     found = linear.linear_pieces(x, weight, tile=LinearTile(64, 2))
     assert torch.equal(found, triton_linear.linear_pieces(x, weight, tile=sibling))
@@ -105,6 +109,7 @@ def test_layers_of_a_model_take_it(tokens: int, monkeypatch: pytest.MonkeyPatch)
         function = getattr(linear, name)
         monkeypatch.setattr(linear, name, lambda *args, f=function, n=name: (launched.append(n), f(*args))[1])
     kernels, x, weight = TritonKernels(), random(tokens, 1024), random(2048, 1024, scale=1 / 32)
+    torch.cuda.synchronize()  # kernels read weights without waiting for the one before
     expected = ["linear_pieces"] + ["linear_silu_mul"] * (tokens <= gluon.MAX_SILU_TOKENS)
     close(kernels.linear_pieces(x, weight).sum(0), twin.linear(x.double(), weight.double()))
     found = kernels.linear_silu_mul(x, weight)
@@ -126,6 +131,7 @@ def test_what_does_not_fit_raises(tokens: int) -> None:
         (lambda: linear.linear_pieces(random(257, 64), weight), ValueError, "256 tokens"),
         (lambda: linear.linear_silu_mul(random(193, 64), weight), ValueError, "192 tokens"),
         (lambda: linear.linear_pieces(x, random(32, 128)), ValueError, "match"),
+        (lambda: linear.linear_silu_mul(x, random(31, 64)), ValueError, "halves"),
         (lambda: linear.linear_pieces(x, weight.half()), TypeError, "one dtype"),
         (lambda: linear.linear_pieces(x, weight, tile=LinearTile(32)), ValueError, "64 outputs"),
         (lambda: linear.linear_silu_mul(x, weight, tile=LinearTile(24)), ValueError, "pairs"),
@@ -157,6 +163,7 @@ def test_some_tokens_of_a_hopper_gpu_are_taken(monkeypatch: pytest.MonkeyPatch) 
     assert not gluon.takes_linear(random(96, 512), weight, random(1024))
     assert not gluon.takes_linear(random(96, 512, dtype=torch.float32), weight.float(), None)
     assert not gluon.takes_linear(random(96, 516)[:, 4:], weight, None), "not aligned as the copy engine wants it"
+    assert not gluon.takes_linear(random(96, 512), random(1023, 512), None, silu=True)
     assert not gluon.takes_linear(random(96, 508), random(1024, 508), None)
 
 

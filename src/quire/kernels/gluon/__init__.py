@@ -99,4 +99,6 @@ def takes_linear(x_TH: Tensor, weight: Tensor, bias: Tensor | None, *, silu: boo
     with SiLU x up they are as fast up to 64. silu: else the result comes in pieces.
     """
     least, most = (64, MAX_SILU_TOKENS) if silu else (32, MAX_TOKENS)
+    if silu and len(weight) % 2:
+        return False
     return least < len(x_TH) <= most and bias is None and available(x_TH.device) and lie_for_tma(x_TH, weight)

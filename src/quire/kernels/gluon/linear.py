@@ -1,5 +1,5 @@
 """Linear layers for up to 256 tokens on Hopper, in Gluon: twins of `linear_pieces` and `linear_silu_mul` in
-`quire.kernels.triton.linear`, whose rounding they have.
+`quire.kernels.triton.linear`, which round in the same places.
 
 For so many tokens multiplying takes about as long as reading the weights, so both have to run at their full rate at once, on
 all multiprocessors, in one go. A program's warps have parts:
@@ -10,8 +10,8 @@ all multiprocessors, in one go. A program's warps have parts:
     linear_pieces     one consumer: 64 outputs times all tokens, over one piece of the inputs. Tiles are small so that they fill
                       the multiprocessors; the price is that each reads all tokens, from L2.
     linear_silu_mul   a consumer for each 64 tokens: times a tile of gate rows and the up rows that belong to them, so many that
-                      all tiles run at once (14,336 outputs are 128 tiles of 112). A thread has the gate and the up of an
-                      output. The last 64 tokens are a consumer's too, be some another's as well.
+                      all tiles run at once if they can (14,336 outputs are 128 tiles of 112). A thread has the gate and the
+                      up of an output. The last 64 tokens are a consumer's too, be some another's as well.
 
 What goes through shared memory lies there in boxes of 16 rows of 64 inputs (2 KiB, in the matrix units' swizzle), so that any
 multiple of 16 rows can stand beside 64: the matrix units take them in parts, which are powers of two.
@@ -197,7 +197,7 @@ def _consume_pieces(
         gl.store(piece_ptr + (token_N * num_outputs)[None, :] + row_R[:, None], sums[i], mask=mask_RN)
 
 
-# One compilation for each N serves all layers.
+# One compilation for each N serves all layers, but those with fewer turns than stages.
 @gluon.jit(do_not_specialize=["num_tokens", "num_outputs", "tiles", "turns"])
 def _linear_pieces(
     weight_desc, x_desc, x_rest_desc, out_ptr, num_tokens, num_outputs, tiles, turns,
@@ -324,7 +324,9 @@ def _linear_silu_mul(
         asm("griddepcontrol.launch_dependents; // $0")
     dtype: gl.constexpr = x_desc.dtype
     weight_boxes = gl.allocate_shared_memory(dtype, [STAGES * (2 * PAIRS // _BOX), _BOX, _WIDTH], _FLAT)
-    x_boxes = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS * _BOXES, _BOX, _WIDTH], _FLAT)
+    # of at least as many stages as there are parts, for the result lies there in the end
+    X_STAGES: gl.constexpr = max(STAGES, _num_parts(2 * PAIRS))
+    x_boxes = gl.allocate_shared_memory(dtype, [X_STAGES * CONSUMERS * _BOXES, _BOX, _WIDTH], _FLAT)
     full, empty = _barriers(STAGES, CONSUMERS)
     weight_descs = (weight_desc64, weight_desc32, weight_desc16)
     if CONSUMERS == 2:
@@ -393,6 +395,8 @@ def linear_silu_mul(x_TH: Tensor, weight_O2H: Tensor, *, tile: LinearTile | None
     """-> [T, O], of weights [2 O, H] whose first half is gate."""
     num_tokens, size = _check(x_TH, weight_O2H, MAX_SILU_TOKENS)
     num_outputs = len(weight_O2H) // 2
+    if len(weight_O2H) % 2:
+        raise ValueError(f"{len(weight_O2H)} rows are no halves of gate and up")
     tile = tile or choose_linear_tile(num_outputs, silu=True)
     if tile.rows % 16 or not 0 < tile.rows <= MAX_PAIRS:
         raise ValueError(f"a program has a multiple of 16 pairs, up to {MAX_PAIRS}, not {tile.rows}")

@@ -16,7 +16,7 @@ Weights and tokens come through the copy engine (TMA), several turns ahead; what
 program asks for its first weights to be brought into L2 before it waits for the kernel before it (`dependent`).
 
 Rounding is that of the operations one by one (`torch_ops`), as in `skinny`. Does not know models, nor when these operations
-are the right ones (`takes` does, from measurements on two shapes).
+are the right ones (`takes` does, from measurements on two models' shapes).
 
 Letters of shapes: T tokens, H inputs, O outputs (or pairs of gate and up), P pieces; in the kernel R outputs of a program.
 """
