@@ -1,8 +1,10 @@
 """Linear layers in Gluon against their torch twins in float64, on a Hopper GPU; which tile is chosen, and for what, anywhere.
 
-`compile_for_sm90.py` beside this compiles them for the card at real shapes; `test_linear` has the Triton siblings, which are
-interpreted where there is no card.
+`compile_for_sm90.py` beside this compiles them for the card at real shapes. Where there is no card they are interpreted
+(`gluon_interpreter`), as their Triton siblings are in `test_linear`.
 """
+
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -139,6 +141,40 @@ def test_what_does_not_fit_raises(tokens: int) -> None:
     ):
         with pytest.raises(error, match=match):
             call()
+
+
+# -- interpreted -------------------------------------------------------------------------------------------------------------
+def interpret(x: torch.Tensor, weight: torch.Tensor, pieces: int, pairs: int, late: str) -> None:
+    from gluon_interpreter import interpreted
+    from quire.kernels.gluon import linear
+
+    x64, weight64 = x.double(), weight.double()
+    with interpreted(linear, late):
+        found = linear.linear_pieces(x, weight, tile=LinearTile(64, pieces)).sum(0)
+        silu = linear.linear_silu_mul(x, weight, tile=LinearTile(pairs)) if len(x) <= gluon.MAX_SILU_TOKENS else None
+    close(found, twin.linear(x64, weight64))
+    if silu is not None:
+        close(silu, twin.linear_silu_mul(x64, weight64), twin.linear_silu_mul(x, weight))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the tests above run the kernels themselves")
+@pytest.mark.skipif(not version("triton").startswith(gluon.TRITON_VERSIONS), reason="not for this version of Triton")
+@pytest.mark.parametrize("late", ["copies", "products"])
+@pytest.mark.parametrize(
+    ("tokens", "size", "outputs", "pieces", "pairs"),
+    [
+        (1, 64, 96, 1, 48),
+        (50, 200, 74, 3, 16),
+        (130, 640, 256, 1, 112),
+        (192, 1216, 96, 1, 32),
+        (176, 320, 480, 1, 80),
+        (240, 72, 64, 4, 16),
+        (225, 1472, 64, 2, 32),
+    ],
+)
+def test_interpreted(tokens: int, size: int, outputs: int, pieces: int, pairs: int, late: str) -> None:
+    """Turns fewer and more than stages, one part and several."""
+    interpret(random(tokens, size), random(outputs, size, scale=size**-0.5), pieces, pairs, late)
 
 
 # -- anywhere ----------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,379 @@
+"""Runs kernels written in Gluon on a CPU: barriers, the copy engine and the matrix units as they are documented, and each part
+of the warps in a thread of its own.
+
+What a machine may do late is done as late as it may be: products read shared memory when they are waited for. Either copies
+into it happen at once, and products take long; or copies happen some time later, in any order. So results are wrong where a
+stage is filled too early or read too late, waits that nobody ends raise, and so do accesses beyond an allocation. Layouts say
+where elements lie, and do not matter here. What the compiler makes of the text is not seen.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon.language._core import constexpr
+
+DEADLOCK_S = 10.0
+PRODUCTS_S = 0.01
+"""They take, where they are late: longer than copies."""
+
+
+def plain(value: Any) -> Any:
+    return value.value if isinstance(value, constexpr) else value
+
+
+class Memory:
+    """A part of shared memory, row by row."""
+
+    def __init__(self, flat: Tensor, start: int, shape: list[int], is_transposed: bool = False) -> None:
+        self.flat, self.start, self.shape, self.is_transposed = flat, start, [plain(n) for n in shape], is_transposed
+        self.dtype = flat.dtype
+        self.size = torch.Size(self.shape).numel()
+
+    def index(self, i: Any) -> Memory:
+        i = int(plain(i))
+        assert 0 <= i < self.shape[0], f"{i} of {self.shape[0]}"
+        each = self.size // self.shape[0]
+        return Memory(self.flat, self.start + i * each, self.shape[1:])
+
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Memory:
+        assert dtype is self.dtype
+        found = Memory(self.flat, self.start, shape)
+        assert found.start + found.size <= len(self.flat), "beyond the allocation"
+        return found
+
+    def permute(self, order: list[int]) -> Memory:
+        assert order == [1, 0]
+        return Memory(self.flat, self.start, self.shape, not self.is_transposed)
+
+    def load(self, layout: Any = None) -> Tensor:
+        found = self.flat[self.start : self.start + self.size].view(self.shape).clone()
+        return found.t() if self.is_transposed else found
+
+    def store(self, values: Tensor) -> None:
+        self.flat[self.start : self.start + self.size] = values.reshape(-1)
+
+
+@dataclass
+class Barrier:
+    """An mbarrier: its phase ends when all arrivals and all bytes that were announced have come."""
+
+    count: int = 0
+    arrivals: int = 0
+    missing_bytes: int = 0
+    phase: int = 0
+
+    def settle(self) -> None:
+        assert self.arrivals <= self.count
+        if self.arrivals == self.count and self.missing_bytes == 0:
+            self.arrivals = 0
+            self.phase += 1
+
+
+@dataclass
+class Pointer:
+    flat: Tensor
+    offset: Any = 0
+
+    def __add__(self, other: Any) -> Pointer:
+        return Pointer(self.flat, self.offset + plain(other))
+
+
+@dataclass
+class Descriptor:
+    """A tensor map: boxes of it are copied, and what lies beyond an edge are zeros."""
+
+    base: Tensor
+    shape: list[int]
+    strides: list[int]
+    block_shape: list[int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    def box(self, at: list[int]) -> Tensor:
+        places = [torch.arange(first, first + n) for first, n in zip(at, self.block_shape)]
+        inside = [(place >= 0) & (place < n) for place, n in zip(places, self.shape)]
+        offset, valid = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool)
+        for i, (place, stride) in enumerate(zip(places, self.strides)):
+            view = [-1 if j == i else 1 for j in range(len(places))]
+            offset = offset + (place * stride).view(view)
+            valid = valid & inside[i].view(view)
+        flat = self.base.as_strided((int(offset[valid].max()) + 1 if valid.any() else 1,), (1,))
+        return torch.where(valid, flat[torch.where(valid, offset, 0)], torch.zeros((), dtype=self.dtype))
+
+
+@dataclass
+class Machine:
+    """What the parts of one program share."""
+
+    program: int
+    num_programs: int
+    late: random.Random | None
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    copies: list[Callable[[], None]] = field(default_factory=list)
+    failure: BaseException | None = None
+
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        with self.changed:
+            while not holds():
+                if self.failure is not None:
+                    raise RuntimeError("another part of the program has failed")
+                if self.copies:
+                    self._copy_one()
+                elif not self.changed.wait(DEADLOCK_S):
+                    raise TimeoutError("a wait that nobody ends")
+
+    def submit(self, copy: Callable[[], None]) -> None:
+        with self.changed:
+            self.copies.append(copy)
+            while self.copies and (self.late is None or self.late.random() < 0.5):
+                self._copy_one()
+            self.changed.notify_all()
+
+    def _copy_one(self) -> None:
+        self.copies.pop(self.late.randrange(len(self.copies)) if self.late else 0)()
+        self.changed.notify_all()
+
+
+class FakeLanguage:
+    """In the place of `gl`: layouts are the real ones."""
+
+    static_range = staticmethod(lambda *bounds: range(*(int(plain(bound)) for bound in bounds)))
+    minimum = staticmethod(lambda x, y: min(plain(x), plain(y)))
+    maximum = staticmethod(lambda x, y: max(plain(x), plain(y)))
+    where = staticmethod(lambda condition, x, y: plain(x) if condition else plain(y))
+    exp2 = staticmethod(torch.exp2)
+    float32, int64 = torch.float32, torch.int64
+
+    def __init__(self) -> None:
+        self.machine = Machine(0, 1, None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(gl, name)
+
+    def program_id(self, axis: int) -> int:
+        return self.machine.program
+
+    def num_programs(self, axis: int) -> int:
+        return self.machine.num_programs
+
+    @staticmethod
+    def arange(start: int, end: int, layout: Any = None) -> Tensor:
+        return torch.arange(plain(start), plain(end))
+
+    @staticmethod
+    def zeros(shape: list[int], dtype: torch.dtype, layout: Any = None) -> Tensor:
+        return torch.zeros([plain(n) for n in shape], dtype=dtype)
+
+    @staticmethod
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[..., 0], x[..., 1]
+
+    @staticmethod
+    def convert_layout(x: Tensor, layout: Any, assert_trivial: bool = False) -> Tensor:
+        return x
+
+    @staticmethod
+    def store(pointer: Pointer, values: Tensor, mask: Tensor) -> None:
+        offset, values, mask = torch.broadcast_tensors(pointer.offset, values, mask)
+        assert offset[mask].min() >= 0 and offset[mask].max() < len(pointer.flat) if mask.any() else True
+        pointer.flat[offset[mask]] = values[mask].to(pointer.flat.dtype)
+
+    def allocate_shared_memory(self, dtype: Any, shape: list[int], layout: Any) -> Any:
+        shape = [int(plain(n)) for n in shape]
+        if dtype is torch.int64:
+            return Barriers([Barrier() for _ in range(shape[0])])
+        return Memory(torch.full((torch.Size(shape).numel(),), float("nan"), dtype=dtype), 0, shape)
+
+    def thread_barrier(self) -> None:
+        """A part's warps are one thread here."""
+
+    def warp_specialize(self, parts: list[Any], warps: list[int], registers: list[int]) -> None:
+        machine = self.machine
+
+        def run(function: Callable[..., None], args: tuple[Any, ...]) -> None:
+            try:
+                function(*args)
+            except BaseException as error:
+                with machine.changed:
+                    machine.failure = machine.failure or error
+                    machine.changed.notify_all()
+
+        threads = [threading.Thread(target=run, args=part) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if machine.failure is not None:
+            raise machine.failure
+
+
+@dataclass
+class Barriers:
+    all: list[Barrier]
+
+    def index(self, i: Any) -> Barrier:
+        return self.all[int(plain(i))]
+
+
+class FakeBarriers:
+    """In the place of `mbarrier`."""
+
+    MBarrierLayout = staticmethod(lambda: None)
+
+    def __init__(self, language: FakeLanguage) -> None:
+        self._language = language
+
+    def init(self, barrier: Barrier, count: int) -> None:
+        barrier.count = int(plain(count))
+
+    def _change(self, barrier: Barrier, arrivals: int = 0, missing_bytes: int = 0) -> None:
+        with self._language.machine.changed:
+            barrier.arrivals += arrivals
+            barrier.missing_bytes += missing_bytes
+            barrier.settle()
+            self._language.machine.changed.notify_all()
+
+    def expect(self, barrier: Barrier, num_bytes: int) -> None:
+        self._change(barrier, 1, int(plain(num_bytes)))
+
+    def arrive(self, barrier: Barrier, pred: bool = True) -> None:
+        if pred:
+            self._change(barrier, 1)
+
+    def wait(self, barrier: Barrier, parity: Any) -> None:
+        self._language.machine.wait_until(lambda: barrier.phase & 1 != plain(parity))
+
+
+class FakeCopies:
+    """In the place of `tma`."""
+
+    def __init__(self, language: FakeLanguage, barriers: FakeBarriers) -> None:
+        self._language, self._barriers = language, barriers
+
+    def async_copy_global_to_shared(
+        self, descriptor: Descriptor, at: list[Any], barrier: Barrier, target: Memory
+    ) -> None:
+        values = descriptor.box([int(plain(i)) for i in at])
+        assert list(values.shape) == target.shape
+
+        def copy() -> None:
+            target.store(values)
+            barrier.missing_bytes -= values.numel() * values.element_size()
+            barrier.settle()
+
+        self._language.machine.submit(copy)
+
+
+class Product:
+    """Under way: it reads its operands when it is waited for."""
+
+    def __init__(self, a: Memory | Tensor, b: Memory, acc: Tensor) -> None:
+        self._operands = a, b
+        self._acc = acc
+
+    def end(self) -> Tensor:
+        a, b = (x.load() if isinstance(x, Memory) else x for x in self._operands)
+        return self._acc + a.float() @ b.float()
+
+
+class Products(threading.local):
+    """In the place of `warpgroup_mma` and `warpgroup_mma_wait`: each part's products under way, and what has ended."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.under_way: list[Product] = []
+        self.ended: dict[int, tuple[Product, Tensor]] = {}
+
+    def begin(self, a: Memory | Tensor, b: Memory, acc: Any, is_async: bool) -> Product:
+        assert is_async
+        product = Product(a, b, self._value(acc))
+        self.under_way.append(product)
+        return product
+
+    def _value(self, x: Any) -> Any:
+        return self.ended[id(x)][1] if isinstance(x, Product) and id(x) in self.ended else x
+
+    def wait(self, count: Any, given: Any) -> Any:
+        time.sleep(self._seconds)
+        while len(self.under_way) > plain(count):
+            product = self.under_way.pop(0)
+            if isinstance(product._acc, Product):  # of the turn before: those end in order
+                product._acc = self.ended.pop(id(product._acc))[1]
+            self.ended[id(product)] = product, product.end()
+        found = tuple(self._value(x) for x in given)
+        return found[0] if len(found) == 1 else found
+
+
+class Number(int):
+    """A constant of the module, of which the host asks the value."""
+
+    value = property(int)
+
+
+class Function:
+    """In the place of a function that is compiled: called by others, or launched as a kernel."""
+
+    def __init__(self, function: GluonJITFunction, language: FakeLanguage, late: random.Random | None) -> None:
+        self._text, self._language, self._late = function.fn, language, late
+        self._parameters = list(inspect.signature(function.fn).parameters)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._text(*args)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            bound = dict(zip(self._parameters, args)) | {k: v for k, v in kwargs.items() if k in self._parameters}
+            for name, value in bound.items():
+                if isinstance(value, Tensor):
+                    bound[name] = Pointer(value.view(-1))
+                elif hasattr(value, "block_shape"):
+                    bound[name] = Descriptor(value.base, value.shape, value.strides, value.block_shape)
+            for program in range(grid[0]):
+                self._language.machine = Machine(program, grid[0], self._late)
+                self._text(**bound)
+
+        return launch
+
+
+@contextmanager
+def interpreted(module: ModuleType, late: Literal["copies", "products"]) -> Iterator[None]:
+    """Within, launches of the module's kernels are interpreted."""
+    language = FakeLanguage()
+    barriers, products = FakeBarriers(language), Products(PRODUCTS_S if late == "products" else 0.0)
+    when = random.Random(0) if late == "copies" else None
+    fakes: dict[str, Any] = {
+        "gl": language,
+        "mbarrier": barriers,
+        "tma": FakeCopies(language, barriers),
+        "fence_async_shared": lambda: None,
+        "warpgroup_mma": products.begin,
+        "warpgroup_mma_wait": products.wait,
+        "asm": lambda code: None,
+        "narrow": lambda x, dtype: x.to(dtype),
+        "reciprocal": lambda x: 1.0 / x,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in list(vars(module).items()):
+            if name in fakes:
+                patch.setattr(module, name, fakes[name])
+            elif isinstance(value, GluonJITFunction):
+                patch.setattr(module, name, Function(value, language, when))
+            elif isinstance(value, constexpr) and isinstance(value.value, int | float):
+                patch.setattr(module, name, Number(value.value) if isinstance(value.value, int) else value.value)
+        yield
