@@ -43,6 +43,9 @@ def test_throughput_beside_its_floor(bench: Any, tmp_path: Path, capsys: pytest.
     assert found["steps"][0]["way"] == "eager"
     floor_s = found["floor s (of the steps that the last run made)"]
     assert sum(step["steps"] * step["floor ms"] for step in found["steps"]) == pytest.approx(1e3 * floor_s)
+    steps_s = sum(step["seconds"] for step in found["steps"])
+    assert 0 <= found["s between steps (of the last run)"] < 5.0
+    assert row["fastest"] <= steps_s + found["s between steps (of the last run)"] <= row["slowest"]
     parts = found["floor, parts"]
     assert max(parts["weights s"], parts["matmul s"]) + parts["KV s"] <= floor_s <= sum(parts.values())
     step, recorded = found["steps"][0], found["recorded"][0]

@@ -121,6 +121,11 @@ class StepWatch:
         """What a step costs the host beside waiting."""
         return 1e3 * statistics.fmean([step.host_s for step in self.steps] or [0.0])
 
+    @property
+    def elapsed_s(self) -> float:
+        """Of all steps, by the device's clock: what a run took beyond is time in which the device had nothing to do."""
+        return sum(step.elapsed_s for step in self.steps)
+
     def floor(self, steps: Iterable[WatchedStep] | None = None) -> Floor:
         """Of these steps, or of all."""
         total = Floor()

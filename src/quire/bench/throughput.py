@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         prompts = draw_prompts(lengths, subject.engine.model.vocab_size)
         subject.generate([prompts[0], prompts[-1]], decode_params(4, args.temperature))
         times = [_answer(subject, prompts, lengths, args.temperature) for _ in range(args.repeat)]
-        floor, host_ms = subject.watch.floor(), subject.watch.host_ms
+        floor, host_ms, idle_s = subject.watch.floor(), subject.watch.host_ms, times[-1] - subject.watch.elapsed_s
         tables = subject.tables(args, title, lambda: _answer(subject, prompts, lengths, args.temperature))
         rows = [_row("quire", times, lengths)]
         if args.peer:
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
                 row["times the peer"] = row["output tok/s"] / rows[-1]["output tok/s"]
     facts |= {
         "host ms/step": host_ms,
+        "s between steps (of the last run)": idle_s,
         "floor s (of the steps that the last run made)": floor.seconds,
         "floor, share reached": share(floor.seconds, times[-1]),
         "floor, parts": floor.facts(),
