@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import inspect
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -35,8 +36,14 @@ def plain(value: Any) -> Any:
     return value.value if isinstance(value, constexpr) else value
 
 
+class Values(Tensor):
+    """In registers: their layout is nobody's concern here."""
+
+    type = SimpleNamespace(layout=None)  # type: ignore[assignment]
+
+
 class Memory:
-    """A part of shared memory, row by row."""
+    """A part of shared memory, row by row, but in columns of 64 where rows are longer, as the matrix units read them."""
 
     def __init__(self, flat: Tensor, start: int, shape: list[int], is_transposed: bool = False) -> None:
         self.flat, self.start, self.shape, self.is_transposed = flat, start, [plain(n) for n in shape], is_transposed
@@ -60,7 +67,10 @@ class Memory:
         return Memory(self.flat, self.start, self.shape, not self.is_transposed)
 
     def load(self, layout: Any = None) -> Tensor:
-        found = self.flat[self.start : self.start + self.size].view(self.shape).clone()
+        found = self.flat[self.start : self.start + self.size].clone()
+        if len(self.shape) == 2 and self.shape[1] > 64:
+            found = found.view(-1, self.shape[0], 64).transpose(0, 1)
+        found = found.reshape(self.shape)
         return found.t() if self.is_transposed else found
 
     def store(self, values: Tensor) -> None:
@@ -88,6 +98,10 @@ class Pointer:
     flat: Tensor
     offset: Any = 0
 
+    @property
+    def dtype(self) -> Any:
+        return SimpleNamespace(element_ty=self.flat.dtype)
+
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.flat, self.offset + plain(other))
 
@@ -100,6 +114,7 @@ class Descriptor:
     shape: list[int]
     strides: list[int]
     block_shape: list[int]
+    layout: Any = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,6 +141,7 @@ class Machine:
     late: random.Random | None
     changed: threading.Condition = field(default_factory=threading.Condition)
     copies: list[Callable[[], None]] = field(default_factory=list)
+    named: dict[str, list[int]] = field(default_factory=dict)  # barriers by their numbers: warps that have come, times
     failure: BaseException | None = None
 
     def wait_until(self, holds: Callable[[], bool]) -> None:
@@ -145,26 +161,37 @@ class Machine:
                 self._copy_one()
             self.changed.notify_all()
 
+    def bar(self, how: str, number: str, num_threads: int) -> None:
+        """bar.sync or bar.arrive by a part, which is four warps."""
+        with self.changed:
+            barrier = self.named.setdefault(number, [0, 0])
+            barrier[0] += 128
+            times = barrier[1]
+            if barrier[0] == num_threads:
+                barrier[:] = 0, times + 1
+            self.changed.notify_all()
+        if how == "sync":
+            self.wait_until(lambda: barrier[1] > times)
+
     def _copy_one(self) -> None:
         self.copies.pop(self.late.randrange(len(self.copies)) if self.late else 0)()
         self.changed.notify_all()
 
 
 class FakeLanguage:
-    """In the place of `gl`: layouts are the real ones."""
+    """In the place of `gl`. Scalars from memory are tensors without dimensions."""
 
-    static_range = staticmethod(lambda *bounds: range(*(int(plain(bound)) for bound in bounds)))
-    minimum = staticmethod(lambda x, y: min(plain(x), plain(y)))
-    maximum = staticmethod(lambda x, y: max(plain(x), plain(y)))
-    where = staticmethod(lambda condition, x, y: plain(x) if condition else plain(y))
-    exp2 = staticmethod(torch.exp2)
-    float32, int64 = torch.float32, torch.int64
+    bfloat16, float16, float32, int32, int64 = torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64
+    exp2, log2 = staticmethod(torch.exp2), staticmethod(torch.log2)
+    SliceLayout = staticmethod(lambda dim, parent: None)
+    constexpr = staticmethod(lambda value: value)
 
     def __init__(self) -> None:
         self.machine = Machine(0, 1, None)
+        self._memory = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(gl, name)
+        return getattr(gl, name)  # layouts, above all
 
     def program_id(self, axis: int) -> int:
         return self.machine.program
@@ -173,12 +200,40 @@ class FakeLanguage:
         return self.machine.num_programs
 
     @staticmethod
-    def arange(start: int, end: int, layout: Any = None) -> Tensor:
-        return torch.arange(plain(start), plain(end))
+    def static_range(*bounds: Any) -> range:
+        return range(*(int(plain(bound)) for bound in bounds))
 
     @staticmethod
-    def zeros(shape: list[int], dtype: torch.dtype, layout: Any = None) -> Tensor:
-        return torch.zeros([plain(n) for n in shape], dtype=dtype)
+    def arange(start: int, end: int, layout: Any = None) -> Tensor:
+        return torch.arange(plain(start), plain(end)).as_subclass(Values)
+
+    @staticmethod
+    def full(shape: list[int], value: Any, dtype: torch.dtype, layout: Any = None) -> Tensor:
+        return torch.full([plain(n) for n in shape], plain(value), dtype=dtype).as_subclass(Values)
+
+    @classmethod
+    def zeros(cls, shape: list[int], dtype: torch.dtype, layout: Any = None) -> Tensor:
+        return cls.full(shape, 0, dtype)
+
+    @staticmethod
+    def minimum(x: Any, y: Any) -> Any:
+        return torch.minimum(*_tensors(x, y))
+
+    @staticmethod
+    def maximum(x: Any, y: Any) -> Any:
+        return torch.maximum(*_tensors(x, y))
+
+    @staticmethod
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        return torch.where(torch.as_tensor(condition), *_tensors(x, y))
+
+    @staticmethod
+    def max(x: Tensor, axis: int) -> Tensor:
+        return x.amax(axis)
+
+    @staticmethod
+    def sum(x: Tensor, axis: int) -> Tensor:
+        return x.sum(axis)
 
     @staticmethod
     def split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,16 +244,38 @@ class FakeLanguage:
         return x
 
     @staticmethod
-    def store(pointer: Pointer, values: Tensor, mask: Tensor) -> None:
-        offset, values, mask = torch.broadcast_tensors(pointer.offset, values, mask)
-        assert offset[mask].min() >= 0 and offset[mask].max() < len(pointer.flat) if mask.any() else True
+    def load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Tensor:
+        offset, mask = torch.as_tensor(pointer.offset), torch.as_tensor(mask)
+        assert not mask.any() or (offset[mask].min() >= 0 and offset[mask].max() < len(pointer.flat))
+        found = torch.where(mask, pointer.flat[torch.where(mask, offset, 0)], other)
+        return found if found.is_floating_point() else found.long()
+
+    @staticmethod
+    def store(pointer: Pointer, values: Any, mask: Any = True) -> None:
+        offset, values, mask = torch.broadcast_tensors(*map(torch.as_tensor, (pointer.offset, values, mask)))
+        assert not mask.any() or (offset[mask].min() >= 0 and offset[mask].max() < len(pointer.flat))
         pointer.flat[offset[mask]] = values[mask].to(pointer.flat.dtype)
+
+    def atomic_add(self, pointer: Pointer, value: int, sem: str) -> Tensor:
+        with self._memory:
+            before = self.load(pointer)
+            self.store(pointer, before + value)
+        return before
 
     def allocate_shared_memory(self, dtype: Any, shape: list[int], layout: Any) -> Any:
         shape = [int(plain(n)) for n in shape]
         if dtype is torch.int64:
             return Barriers([Barrier() for _ in range(shape[0])])
-        return Memory(torch.full((torch.Size(shape).numel(),), float("nan"), dtype=dtype), 0, shape)
+        nothing = float("nan") if dtype.is_floating_point else -1
+        return Memory(torch.full((torch.Size(shape).numel(),), nothing, dtype=dtype), 0, shape)
+
+    def asm(self, code: str) -> None:
+        """Named barriers; what is said to dependent launches is nothing here."""
+        found = re.match(r"bar\.(sync|arrive) (\d+), (\d+);", code)
+        if found:
+            self.machine.bar(found[1], found[2], int(found[3]))
+        else:
+            assert code.startswith("griddepcontrol."), code
 
     def thread_barrier(self) -> None:
         """A part's warps are one thread here."""
@@ -300,9 +377,9 @@ class Products(threading.local):
         self.under_way: list[Product] = []
         self.ended: dict[int, tuple[Product, Tensor]] = {}
 
-    def begin(self, a: Memory | Tensor, b: Memory, acc: Any, is_async: bool) -> Product:
+    def begin(self, a: Memory | Tensor, b: Memory, acc: Any, is_async: bool, use_acc: bool = True) -> Product:
         assert is_async
-        product = Product(a, b, self._value(acc))
+        product = Product(a, b, self._value(acc) if use_acc else acc * 0)
         self.under_way.append(product)
         return product
 
@@ -318,6 +395,14 @@ class Products(threading.local):
             self.ended[id(product)] = product, product.end()
         found = tuple(self._value(x) for x in given)
         return found[0] if len(found) == 1 else found
+
+
+def _tensors(x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """Two of one type: a Python number takes the other's."""
+    x, y = plain(x), plain(y)
+    like = next((value.dtype for value in (x, y) if isinstance(value, Tensor)), None)
+    x, y = (value if isinstance(value, Tensor) else torch.tensor(value, dtype=like) for value in (x, y))
+    return x, y
 
 
 class Number(int):
@@ -341,7 +426,8 @@ class Function:
             bound = dict(zip(self._parameters, args)) | {k: v for k, v in kwargs.items() if k in self._parameters}
             for name, value in bound.items():
                 if isinstance(value, Tensor):
-                    bound[name] = Pointer(value.view(-1))
+                    size = value.untyped_storage().nbytes() // value.element_size() - value.storage_offset()
+                    bound[name] = Pointer(value.as_strided((size,), (1,)))
                 elif hasattr(value, "block_shape"):
                     bound[name] = Descriptor(value.base, value.shape, value.strides, value.block_shape)
             for program in range(grid[0]):
@@ -364,7 +450,7 @@ def interpreted(module: ModuleType, late: Literal["copies", "products"]) -> Iter
         "fence_async_shared": lambda: None,
         "warpgroup_mma": products.begin,
         "warpgroup_mma_wait": products.wait,
-        "asm": lambda code: None,
+        "asm": lambda code: language.asm(code),
         "narrow": lambda x, dtype: x.to(dtype),
         "reciprocal": lambda x: 1.0 / x,
     }

@@ -1,4 +1,4 @@
-"""The Gluon attention kernel against attention in float64, on a Hopper GPU; and compiled for one, on any machine.
+"""The Gluon attention kernel against attention in float64, on a Hopper GPU and interpreted; and compiled for one, anywhere.
 
 Run as a program, this file compiles the kernel for sm_90 (no GPU needed) and prints what became of it as JSON.
 """
@@ -11,6 +11,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,6 +165,30 @@ def test_what_is_supported():
     for layer in ((32, 8, 128, torch.float32), (32, 8, 96, bf16), (32, 8, 256, bf16), (9, 3, 64, bf16)):
         assert not supports(*layer)
     assert not gluon.available(torch.device("cpu"))
+
+
+# -- interpreted, without a card -----------------------------------------------------------------------------------------------
+SMALL = {
+    "causal": (make_spec((2, 1), 64, bf16), 16, (150, 40), (90, 40), GluonTile(128, 64, 8, 2, 1, 32), None),
+    "pieces": (make_spec((2, 1), 128, fp16), 32, (300,), (100,), GluonTile(128, 128, 8, 2, 1, 32), 128),
+    "window": (make_spec((4, 2), 64, bf16, window=60), 16, (200,), (130,), GluonTile(128, 64, 8, 2, 1, 1), None),
+    "not-causal": (make_spec((4, 4), 64, fp16, causal=False), 128, (90, 210), (65, 70), GluonTile(128, 64, 8, 3, 1, 32), None),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the tests above run the kernel itself")
+@pytest.mark.skipif(not triton.__version__.startswith(gluon.TRITON_VERSIONS), reason="not for this version of Triton")
+@pytest.mark.parametrize("late", ["copies", "products"])
+@pytest.mark.parametrize("name", SMALL)
+def test_interpreted(name, late, launches, monkeypatch):
+    from gluon_interpreter import interpreted
+    from quire.kernels.gluon import attention
+
+    spec, block_size, contexts, queries, tile, piece = SMALL[name]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=2))
+    with interpreted(attention, late):
+        check(make_case(spec, block_size, contexts, queries), make_backend(tile, **({"piece": piece} if piece else {})))
+    assert launches == [tile]
 
 
 # -- compiled for the card, without one ----------------------------------------------------------------------------------------
