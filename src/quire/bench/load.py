@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import signal
 import sys
@@ -299,6 +300,11 @@ class SplitLoad:
             if self.on_end is not None:
                 self.on_end(told.record)
         raise QuireError("a process of the load generator has died")
+
+
+def load_by(num_processes: int) -> Callable[..., Load | SplitLoad]:
+    """What makes a load of so many processes: this one alone, where one is enough."""
+    return functools.partial(SplitLoad, num_processes) if num_processes > 1 else Load
 
 
 class _Share(msgspec.Struct):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -22,10 +21,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from quire.bench.http import Target
-from quire.bench.load import Job, Load, SplitLoad
+from quire.bench.load import Job, load_by
 from quire.bench.picture import draw_curve, write_text
 from quire.bench.report import add_report_arguments, report
-from quire.bench.serve import allow_many_files, ask_model
+from quire.bench.serve import allow_many_files, ask_model, fixed_fields, target_of
 from quire.bench.subject import Subject, add_model_arguments, chosen_config, without_prefix_cache
 from quire.bench.summary import percentile
 from quire.bench.traffic import (
@@ -223,7 +222,7 @@ def _over_http(args: argparse.Namespace) -> Iterator[Answering]:
     if args.client_processes < 1 or args.vocab_size <= FIRST_TOKEN_ID:
         raise ConfigError(f"--client-processes must be positive, --vocab-size above {FIRST_TOKEN_ID}")
     allow_many_files()
-    target = Target.from_url(args.url, args.api_key or os.environ.get("QUIRE_API_KEY"))
+    target = target_of(args)
     model, max_model_len = asyncio.run(ask_model(target, None))
     if max_model_len is None:
         raise ConfigError(f"{args.url} does not tell how many tokens its model takes")
@@ -247,20 +246,12 @@ class OverHttp:
         args = self._args
         self._runs += 1
         prompts = PromptMaker(args.vocab_size, args.seed + self._runs)
+        fixed = fixed_fields(self._model, args.temperature, stream=True, ignore_eos=True)
 
         def body_of(item: Item) -> dict[str, Any]:
-            return {
-                "model": self._model,
-                "prompt": prompts.token_ids(item),
-                "max_tokens": item.num_output or args.max_tokens,
-                "temperature": args.temperature,
-                "ignore_eos": True,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
+            return {**fixed, "prompt": prompts.token_ids(item), "max_tokens": item.num_output or args.max_tokens}
 
-        make = partial(SplitLoad, args.client_processes) if args.client_processes > 1 else Load
-        load = make(self._target, "completions")
+        load = load_by(args.client_processes)(self._target, "completions")
         began_s, began_cpu_s = time.perf_counter(), load.cpu_s
         asyncio.run(load.run([Job(due_s, partial(body_of, item)) for due_s, item in zip(times, items)]))
         share = (load.cpu_s - began_cpu_s) / (time.perf_counter() - began_s)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.bench.http import HttpError, Target
-from quire.bench.load import INTERRUPTED, PATHS, Job, Load, Record, SplitLoad, error_message
+from quire.bench.load import INTERRUPTED, PATHS, Job, Load, Record, error_message, load_by
 from quire.bench.report import add_report_arguments, report
 from quire.bench.summary import Summary, parse_goodput
 from quire.bench.timeline import Sample, check_can_plot, plot, sample, waste_ratio, watch
@@ -203,10 +203,8 @@ def make_plan(args: argparse.Namespace, model: str, server_max_len: int | None) 
     items, facts = _scale(args.length_scale, items, limit)
     times, how = _choose_times(args, items)
     maker = PromptMaker(args.vocab_size, args.seed)
-    fixed = {"model": model, "stream": args.stream, "temperature": args.temperature}
-    fixed |= {"stream_options": {"include_usage": True}} if args.stream else {}
     ignore_eos = not is_text if args.ignore_eos is None else args.ignore_eos
-    fixed |= {"ignore_eos": True} if ignore_eos else {}
+    fixed = fixed_fields(model, args.temperature, stream=args.stream, ignore_eos=ignore_eos)
 
     def body_of(item: Item) -> dict[str, Any]:
         prompt = maker.token_ids(item) if as_ids else maker.text(item)
@@ -221,6 +219,13 @@ def make_plan(args: argparse.Namespace, model: str, server_max_len: int | None) 
     name = Path(args.workload).name if args.workload else "drawn lengths"
     short = Item((Piece("warm-up", 4),), text="Hello." if is_text else None, num_output=4)
     return Plan(f"{Path(model).name}: {len(jobs)} requests of {name}, {how}", endpoint, jobs, body_of(short), facts)
+
+
+def fixed_fields(model: str, temperature: float, *, stream: bool, ignore_eos: bool) -> dict[str, Any]:
+    """What all requests of a run say."""
+    fixed: dict[str, Any] = {"model": model, "stream": stream, "temperature": temperature}
+    fixed |= {"stream_options": {"include_usage": True}} if stream else {}
+    return fixed | ({"ignore_eos": True} if ignore_eos else {})
 
 
 def _choose_items(args: argparse.Namespace) -> list[Item]:
@@ -272,14 +277,15 @@ class Outcome:
 
 
 async def _measure(args: argparse.Namespace) -> Outcome:
-    target = Target.from_url(args.url, args.api_key or os.environ.get("QUIRE_API_KEY"))
+    target = target_of(args)
     model, server_max_len = await ask_model(target, args.model)
     plan = make_plan(args, model, server_max_len)
     for _ in range(args.num_warmups):
         await _warm_up(target, plan, args.timeout, args.stream)
     with _progress(len(plan.jobs)) as advance:
-        make = partial(SplitLoad, args.client_processes) if args.client_processes > 1 else Load
-        load = make(target, plan.endpoint, args.max_concurrency, args.timeout, lambda _: advance(), args.stream)
+        load = load_by(args.client_processes)(
+            target, plan.endpoint, args.max_concurrency, args.timeout, lambda _: advance(), args.stream
+        )
         samples: list[Sample] = []
         began_s = time.perf_counter()
         began_cpu_s = load.cpu_s
@@ -295,6 +301,11 @@ async def _measure(args: argparse.Namespace) -> Outcome:
         watcher.cancel()
         samples.append(await sample(target, duration_s, load.num_active))
     return Outcome(plan, load.records, samples, duration_s, cpu_s)
+
+
+def target_of(args: argparse.Namespace) -> Target:
+    """By --url and --api-key."""
+    return Target.from_url(args.url, args.api_key or os.environ.get("QUIRE_API_KEY"))
 
 
 async def ask_model(target: Target, wanted: str | None) -> tuple[str, int | None]:
