@@ -329,6 +329,7 @@ def _linear_silu_mul(
     x_boxes = gl.allocate_shared_memory(dtype, [X_STAGES * CONSUMERS * _BOXES, _BOX, _WIDTH], _FLAT)
     full, empty = _barriers(STAGES, CONSUMERS)
     weight_descs = (weight_desc64, weight_desc32, weight_desc16)
+    # Spelled out: a part's constants stay constants only where its arguments are written down.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
