@@ -19,7 +19,7 @@ from quire.kernels.triton.fused import TritonKernels
 AVAILABLE = gluon.available(torch.device(DEVICE))
 hopper = [pytest.mark.gpu, pytest.mark.skipif(not AVAILABLE, reason="no Hopper GPU on this machine")]
 twin = TorchKernels()
-TOKENS = (1, 16, 33, 64, 65, 100, 128, 129, 144, 176, 192, 193, 208, 224, 240, 256)
+TOKENS = (1, 16, 33, 64, 65, 100, 128, 129, 144, 176, 192, 193, 208, 224, 240, 256, 300, 1000, 2500)
 
 
 @pytest.fixture(autouse=True)
@@ -27,53 +27,68 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def both(x: torch.Tensor, weight: torch.Tensor, tile: LinearTile, pairs: LinearTile) -> None:
-    """Both operations of one weight against float64."""
+def both(x: torch.Tensor, weight: torch.Tensor, tile: LinearTile, *pairs: LinearTile) -> None:
+    """Both operations of one weight against float64, SiLU x up in tiles of `pairs`."""
     from quire.kernels.gluon import linear
 
     x64, weight64 = x.double(), weight.double()
     torch.cuda.synchronize()  # kernels read weights without waiting for the one before
-    pieces = linear.linear_pieces(x, weight, tile=tile)
-    assert len(pieces) == tile.num_pieces and pieces.dtype is torch.float32
-    close(pieces.sum(0), twin.linear(x64, weight64))
-    if len(x) <= gluon.MAX_SILU_TOKENS:
-        found = linear.linear_silu_mul(x, weight, tile=pairs)
-        close(found, twin.linear_silu_mul(x64, weight64), twin.linear_silu_mul(x, weight))
+    if len(x) <= gluon.MAX_TOKENS:
+        pieces = linear.linear_pieces(x, weight, tile=tile)
+        assert len(pieces) == tile.num_pieces and pieces.dtype is torch.float32
+        close(pieces.sum(0), twin.linear(x64, weight64))
+    exact, rounded = twin.linear_silu_mul(x64, weight64), twin.linear_silu_mul(x, weight)
+    for tile in pairs:
+        close(linear.linear_silu_mul(x, weight, tile=tile), exact, rounded)
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=hopper) for tokens in TOKENS])
 def test_any_number_of_tokens(tokens: int) -> None:
-    both(random(tokens, 1024), random(1024, 1024, scale=1 / 32), LinearTile(64, 4), LinearTile(112))
+    weight = random(1024, 1024, scale=1 / 32)
+    both(random(tokens, 1024), weight, LinearTile(64, 4), LinearTile(112, consumers=3), LinearTile(128, consumers=2))
 
 
-SHAPES = {  # inputs, outputs, dtype, pieces, pairs of a program
-    "odd-outputs": (256, 74, torch.bfloat16, 1, 16),
+SHAPES = {  # inputs, rows of the weight, dtype, pieces, pairs of a program
+    "few-outputs": (256, 96, torch.bfloat16, 1, 16),
     "inputs-in-no-whole-turns": (200, 128, torch.float16, 3, 32),
     "a-piece-without-inputs": (72, 64, torch.bfloat16, 4, 16),
     "more-parts-than-turns": (64, 256, torch.bfloat16, 1, 48),
     "more-parts-than-stages": (128, 448, torch.bfloat16, 1, 112),
     "several-parts": (512, 480, torch.float16, 2, 48),
     "other-parts": (512, 480, torch.bfloat16, 2, 80),
-    "more-programs-than-multiprocessors": (128, 34_000, torch.bfloat16, 2, 96),
 }
 
 
-@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=hopper) for tokens in (50, 144, 192)])
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=hopper) for tokens in (50, 144, 700)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_any_shape(shape: str, tokens: int) -> None:
     size, outputs, dtype, pieces, pairs = SHAPES[shape]
     x, weight = random(tokens, size, dtype=dtype), random(outputs, size, dtype=dtype, scale=size**-0.5)
-    both(x, weight, LinearTile(64, pieces), LinearTile(pairs))
+    both(x, weight, LinearTile(64, pieces), LinearTile(pairs, consumers=2), LinearTile(pairs, consumers=3))
+
+
+@pytest.mark.parametrize("size", [pytest.param(size, marks=hopper) for size in (64, 320, 576, 712)])
+def test_programs_of_several_tiles(size: int) -> None:
+    """Whose turns are no multiple of the stages, so that each tile begins at another one, in either phase."""
+    x, weight = random(700, size), random(34_016, size, scale=size**-0.5)
+    both(
+        x,
+        weight,
+        LinearTile(64),
+        LinearTile(128, consumers=2),
+        LinearTile(112, consumers=3),
+        LinearTile(48, consumers=3),
+    )
 
 
 REAL = [(1024, 6144), (3072, 1024), (4096, 4096), (4096, 28672), (14336, 4096), (5120, 5120), (4096, 22016)]
 
 
-@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=hopper) for tokens in (96, 160, 224)])
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=hopper) for tokens in (96, 160, 224, 512, 2100)])
 @pytest.mark.parametrize(("size", "outputs"), REAL)
 def test_real_shapes(size: int, outputs: int, tokens: int) -> None:
     x, weight = random(tokens, size, scale=2.0), random(outputs, size, scale=size**-0.5)
-    both(x, weight, choose_linear_tile(outputs), choose_linear_tile(outputs // 2, silu=True))
+    both(x, weight, choose_linear_tile(tokens, outputs), choose_linear_tile(tokens, outputs // 2, silu=True))
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=hopper) for tokens in (100, 192)])
@@ -99,10 +114,11 @@ def test_a_strided_input_and_rows_beyond_it(tokens: int) -> None:
     """What lies beside x in memory has no influence, be it NaN."""
     wide = torch.full((300, 640), float("nan"), device=DEVICE, dtype=torch.bfloat16)
     wide[:tokens, 64:576] = random(tokens, 512)
-    both(wide[:tokens, 64:576], random(1024, 512, scale=1 / 23), LinearTile(64, 2), LinearTile(64))
+    weight = random(1024, 512, scale=1 / 23)
+    both(wide[:tokens, 64:576], weight, LinearTile(64, 2), LinearTile(64, consumers=2), LinearTile(64, consumers=3))
 
 
-@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=hopper) for tokens in (96, 192, 256)])
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=hopper) for tokens in (96, 192, 256, 2048)])
 def test_layers_of_a_model_take_it(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from quire.kernels.gluon import linear
 
@@ -112,8 +128,9 @@ def test_layers_of_a_model_take_it(tokens: int, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(linear, name, lambda *args, f=function, n=name: (launched.append(n), f(*args))[1])
     kernels, x, weight = TritonKernels(), random(tokens, 1024), random(2048, 1024, scale=1 / 32)
     torch.cuda.synchronize()  # kernels read weights without waiting for the one before
-    expected = ["linear_pieces"] + ["linear_silu_mul"] * (tokens <= gluon.MAX_SILU_TOKENS)
-    close(kernels.linear_pieces(x, weight).sum(0), twin.linear(x.double(), weight.double()))
+    expected = ["linear_pieces"] * (tokens <= 256) + ["linear_silu_mul"] * (tokens in (96, 192, 2048))
+    pieces = kernels.linear_pieces(x, weight)
+    close(pieces.sum(0) if pieces.dim() == 3 else pieces, twin.linear(x.double(), weight.double()))
     found = kernels.linear_silu_mul(x, weight)
     close(found, twin.linear_silu_mul(x.double(), weight.double()), twin.linear_silu_mul(x, weight))
     assert launched == expected
@@ -131,32 +148,22 @@ def test_what_does_not_fit_raises(tokens: int) -> None:
     x, weight = random(tokens, 64), random(32, 64)
     for call, error, match in (
         (lambda: linear.linear_pieces(random(257, 64), weight), ValueError, "256 tokens"),
-        (lambda: linear.linear_silu_mul(random(193, 64), weight), ValueError, "192 tokens"),
+        (lambda: linear.linear_pieces(random(0, 64), weight), ValueError, "no tokens"),
         (lambda: linear.linear_pieces(x, random(32, 128)), ValueError, "match"),
-        (lambda: linear.linear_silu_mul(x, random(31, 64)), ValueError, "halves"),
+        (lambda: linear.linear_silu_mul(x, random(31, 64)), ValueError, "multiple of 16, not 15.5"),
+        (lambda: linear.linear_silu_mul(x, random(48, 64)), ValueError, "multiple of 16, not 24"),
+        (lambda: linear.linear_silu_mul(random(1, 64).expand(2**17, 64), random(2**15, 64)), ValueError, "2\\^31"),
+        (lambda: linear.linear_silu_mul(x, weight, tile=LinearTile(64)), ValueError, "1 consumers"),
         (lambda: linear.linear_pieces(x, weight.half()), TypeError, "one dtype"),
         (lambda: linear.linear_pieces(x, weight, tile=LinearTile(32)), ValueError, "64 outputs"),
-        (lambda: linear.linear_silu_mul(x, weight, tile=LinearTile(24)), ValueError, "pairs"),
-        (lambda: linear.linear_silu_mul(x, weight, tile=LinearTile(128)), ValueError, "pairs"),
+        (lambda: linear.linear_silu_mul(x, weight, tile=LinearTile(24, consumers=2)), ValueError, "pairs"),
+        (lambda: linear.linear_silu_mul(x, weight, tile=LinearTile(128, consumers=3)), ValueError, "pairs"),
     ):
         with pytest.raises(error, match=match):
             call()
 
 
 # -- interpreted -------------------------------------------------------------------------------------------------------------
-def interpret(x: torch.Tensor, weight: torch.Tensor, pieces: int, pairs: int, late: str) -> None:
-    from gluon_interpreter import interpreted
-    from quire.kernels.gluon import linear
-
-    x64, weight64 = x.double(), weight.double()
-    with interpreted(linear, late):
-        found = linear.linear_pieces(x, weight, tile=LinearTile(64, pieces)).sum(0)
-        silu = linear.linear_silu_mul(x, weight, tile=LinearTile(pairs)) if len(x) <= gluon.MAX_SILU_TOKENS else None
-    close(found, twin.linear(x64, weight64))
-    if silu is not None:
-        close(silu, twin.linear_silu_mul(x64, weight64), twin.linear_silu_mul(x, weight))
-
-
 @pytest.mark.skipif(DEVICE != "cpu", reason="the tests above run the kernels themselves")
 @pytest.mark.skipif(not version("triton").startswith(gluon.TRITON_VERSIONS), reason="not for this version of Triton")
 @pytest.mark.parametrize("late", ["copies", "products"])
@@ -164,42 +171,63 @@ def interpret(x: torch.Tensor, weight: torch.Tensor, pieces: int, pairs: int, la
     ("tokens", "size", "outputs", "pieces", "pairs"),
     [
         (1, 64, 96, 1, 48),
-        (50, 200, 74, 3, 16),
+        (50, 200, 96, 3, 16),
         (130, 640, 256, 1, 112),
         (192, 1216, 96, 1, 32),
         (176, 320, 480, 1, 80),
         (240, 72, 64, 4, 16),
         (225, 1472, 64, 2, 32),
+        (300, 576, 320, 1, 48),
+        (300, 128, 512, 1, 112),
     ],
 )
-def test_interpreted(tokens: int, size: int, outputs: int, pieces: int, pairs: int, late: str) -> None:
-    """Turns fewer and more than stages, one part and several."""
-    interpret(random(tokens, size), random(outputs, size, scale=size**-0.5), pieces, pairs, late)
+def test_interpreted(
+    tokens: int, size: int, outputs: int, pieces: int, pairs: int, late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turns fewer and more than stages, one part and several, programs of one tile and of several."""
+    from gluon_interpreter import interpreted
+    from quire.kernels.gluon import linear
+
+    monkeypatch.setattr(linear, "_num_sms", lambda device: 3)
+    x, weight = random(tokens, size), random(outputs, size, scale=size**-0.5)
+    x64, weight64 = x.double(), weight.double()
+    with interpreted(linear, late):
+        for consumers in (2, 3):
+            silu = linear.linear_silu_mul(x, weight, tile=LinearTile(pairs, consumers=consumers))
+            close(silu, twin.linear_silu_mul(x64, weight64), twin.linear_silu_mul(x, weight))
+        if tokens <= gluon.MAX_TOKENS:
+            close(linear.linear_pieces(x, weight, tile=LinearTile(64, pieces)).sum(0), twin.linear(x64, weight64))
 
 
 # -- anywhere ----------------------------------------------------------------------------------------------------------------
 def test_tiles_fill_the_multiprocessors() -> None:
-    assert choose_linear_tile(14336, silu=True) == LinearTile(112)  # 128 programs
-    assert choose_linear_tile(3072, silu=True) == LinearTile(32)  # 96: 16 would be two rounds
-    assert choose_linear_tile(18944, silu=True) == LinearTile(48)  # three rounds of 132, where 112 would leave 94 idle
-    assert choose_linear_tile(4096) == LinearTile(64, 2)
-    assert choose_linear_tile(1024) == LinearTile(64, 4)
-    assert choose_linear_tile(8192) == LinearTile(64, 1)
-    assert choose_linear_tile(5120) == LinearTile(64, 3)
+    assert choose_linear_tile(192, 14336, silu=True) == LinearTile(112, consumers=3)  # 128 programs
+    assert choose_linear_tile(128, 3072, silu=True) == LinearTile(32, consumers=2)  # 96: 16 would be two rounds
+    assert choose_linear_tile(70, 18944, silu=True) == LinearTile(48, consumers=2)  # three rounds of 132
+    assert choose_linear_tile(256, 14336, silu=True) == LinearTile(112, consumers=2)  # 256 items; 128: as many rounds
+    assert choose_linear_tile(1024, 14336, silu=True) == LinearTile(128, consumers=2)  # 7 rounds; 112: 8
+    assert choose_linear_tile(1024, 3072, silu=True) == LinearTile(64, consumers=2)  # 3 full ones
+    assert choose_linear_tile(8192, 14336, silu=True) == LinearTile(128, consumers=2)
+    assert choose_linear_tile(200, 4096) == LinearTile(64, 2)
+    assert choose_linear_tile(200, 1024) == LinearTile(64, 4)
+    assert choose_linear_tile(200, 8192) == LinearTile(64, 1)
+    assert choose_linear_tile(200, 5120) == LinearTile(64, 3)
 
 
 def test_some_tokens_of_a_hopper_gpu_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = random(1024, 512)
+    weight, wide = random(1024, 512), random(28672, 64)
     assert gluon.takes_linear(random(96, 512), weight, None) == AVAILABLE
     monkeypatch.setattr(gluon, "available", lambda device: True)
-    taken = {n: (gluon.takes_linear(random(n, 512), weight, None), gluon.takes_linear(random(n, 512), weight, None, silu=True))
-             for n in (32, 33, 64, 65, 192, 193, 256, 257)}  # fmt: skip
-    assert [n for n in taken if taken[n][0]] == [33, 64, 65, 192, 193, 256]
-    assert [n for n in taken if taken[n][1]] == [65, 192]
+    taken = [n for n in (32, 33, 64, 192, 256, 257) if gluon.takes_linear(random(n, 64), wide, None)]
+    assert taken == [33, 64, 192, 256]
+    silu = (64, 65, 192, 193, 208, 224, 256, 257, 320, 384, 1024, 1025, 8192)
+    taken = [n for n in silu if gluon.takes_linear(random(n, 64), wide, None, silu=True)]
+    assert taken == [65, 192, 224, 256, 384, 1024, 1025, 8192], "others leave much of the last round idle"
+    assert not gluon.takes_linear(random(512, 512), weight, None, silu=True), "half of the multiprocessors idle"
     assert not gluon.takes_linear(random(96, 512), weight, random(1024))
     assert not gluon.takes_linear(random(96, 512, dtype=torch.float32), weight.float(), None)
     assert not gluon.takes_linear(random(96, 516)[:, 4:], weight, None), "not aligned as the copy engine wants it"
-    assert not gluon.takes_linear(random(96, 512), random(1023, 512), None, silu=True)
+    assert not gluon.takes_linear(random(96, 512), random(1000, 512), None, silu=True)
     assert not gluon.takes_linear(random(96, 508), random(1024, 508), None)
 
 
@@ -209,7 +237,7 @@ def launch_everything() -> None:
 
     for tokens, dtype in ((64, torch.bfloat16), (144, torch.float16), (240, torch.bfloat16), (256, torch.bfloat16)):
         linear.linear_pieces(torch.empty(tokens, 4096, dtype=dtype), torch.empty(4096, 4096, dtype=dtype))
-    for tokens, dtype in ((96, torch.bfloat16), (192, torch.bfloat16), (192, torch.float16)):
+    for tokens, dtype in ((96, torch.bfloat16), (192, torch.bfloat16), (192, torch.float16), (1024, torch.bfloat16)):
         for size, outputs in ((1024, 3072), (4096, 14336)):
             linear.linear_silu_mul(
                 torch.empty(tokens, size, dtype=dtype), torch.empty(2 * outputs, size, dtype=dtype)

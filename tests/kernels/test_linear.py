@@ -169,7 +169,7 @@ def test_real_shapes(size: int, outputs: int, tokens: int) -> None:
 
 
 @on_the_card
-@pytest.mark.parametrize("tokens", [8, 64, 128, 176, 256])
+@pytest.mark.parametrize("tokens", [8, 64, 128, 176, 256, 1280])
 def test_a_graph_of_dependent_launches_gives_what_launches_one_by_one_give(tokens: int) -> None:
     """A chain in which each kernel reads what the one before wrote, of sizes that run at the same time."""
     kernels = TritonKernels()

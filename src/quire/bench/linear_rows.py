@@ -1,4 +1,4 @@
-"""The rows of `quire bench kernels` for linear layers: ours beside cuBLAS at 1 to 256 tokens, as weights read in a second.
+"""The rows of `quire bench kernels` for linear layers: ours beside cuBLAS at 1 to 8,192 tokens, as weights read in a second.
 
 Each layer is that of a model's shape, with what our kernels fuse into it: for few tokens (`skinny`) norm before qkv and
 gate_up, SiLU x up after gate_up, the residual's addition after o and down; for more (`triton.linear`, and on Hopper
@@ -84,7 +84,7 @@ LAYERS = (
 WORKS = tuple(
     (f"linear {layer.name} x{tokens}", layer, tokens)
     for layer in LAYERS
-    for tokens in (1, 2, 4, 16, 32, 64, 96, 128, 144, 160, 192, 208, 224, 256)
+    for tokens in (1, 2, 4, 16, 32, 64, 96, 128, 144, 160, 192, 208, 224, 256, 512, 1024, 2048, 8192)
 )
 
 
@@ -118,7 +118,7 @@ def chosen(layer: Layer, x_TH: Tensor, weight: Tensor) -> Tile | None:
     if tokens <= skinny.MAX_TOKENS:
         return skinny.choose_tile(tokens, layer.outputs, layer.size, layer.silu)
     if (layer.silu or layer.in_pieces) and gluon.takes_linear(x_TH, weight, None, silu=layer.silu):
-        return gluon.choose_linear_tile(layer.outputs, silu=layer.silu)
+        return gluon.choose_linear_tile(tokens, layer.outputs, silu=layer.silu)
     if not linear.takes(x_TH, weight, None, silu=layer.silu, in_pieces=layer.in_pieces):
         return None
     return linear.choose_tile(tokens, layer.outputs, layer.size, silu=layer.silu, in_pieces=layer.in_pieces)

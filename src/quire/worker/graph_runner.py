@@ -227,20 +227,13 @@ class GraphRunner:
             size.words.copy_(torch.from_numpy(size.template))
             return self._plans(size, np.zeros(1, dtype=np.int64), nothing)
 
-        def first_of(sizes: list[int], beyond: int) -> list[int]:
-            return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] <= beyond]
-
-        decode, tiles = set(first_of(self.sizes.decode, linear.MAX_TOKENS)), set()
-        for num_entries in self.sizes.decode:
-            found = tuple(buffers.tiles for buffers in self.sizes.of_entries(num_entries).buffers)
-            if found not in tiles:
-                decode.add(num_entries)
-            tiles.add(found)
+        beyond = max(LONG, linear.MANY)
+        mixed = [size for i, size in enumerate(self.sizes.mixed) if i == 0 or self.sizes.mixed[i - 1] <= beyond]
         with compiling_ahead(num_threads):  # the largest first: what is allocated for it serves the others
-            for num_tokens, is_long in reversed(list(kinds_of_mixed(first_of(self.sizes.mixed, LONG)))):
+            for num_tokens, is_long in reversed(list(kinds_of_mixed(mixed))):
                 size = self.sizes.of_tokens(num_tokens, is_long)
                 self._mixed_layers(size, plans_of(size))
-            for num_entries in sorted(decode, reverse=True):
+            for num_entries in reversed(self.sizes.decode):
                 size = self.sizes.of_entries(num_entries)
                 size.hidden_NH = self._layers(size, plans_of(size))
                 self._draw(size, False)

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from quire.kernels.triton.attention import Tile
-from quire.kernels.triton.linear import PROGRAMS, lie_for_tma
+from quire.kernels.triton.linear import MANY, PROGRAMS, lie_for_tma
 
 TRITON_VERSIONS = ("3.6",)
 """Those that the kernels were seen to work with: Gluon is experimental, and changes its functions from one to the next."""
@@ -20,11 +20,16 @@ GROUPS = (1, 2, 4, 8, 16, 32)
 HEAD_SIZES = (64, 128)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 MAX_TOKENS = 256
-"""Of a linear layer."""
-MAX_SILU_TOKENS = 192
-"""Of one with SiLU x up: three consumers' registers are all that there are."""
-MAX_PAIRS = 112
+"""Of a linear layer in pieces."""
+MAX_PAIRS = {2: 128, 3: 112}
+"""Of gate and up in a program, by its consumers: their registers are all that there are."""
 MAX_PIECES = 4
+FEW = 192
+"""Tokens of a layer with SiLU x up, for which reading the weights is most of the time."""
+PAIRS_OF_MANY = (64, 112, 128)
+"""Of a program, of layers for more than FEW tokens."""
+LEAST_SHARE = 0.64
+"""See `takes_linear`. The kernel was faster than cuBLAS and SiLU with 0.646 and more, slower with 0.63 and less."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class LinearTile:
     rows: int
     """Outputs of a program, or pairs of gate and up."""
     num_pieces: int = 1
+    consumers: int = 1
+    """With SiLU x up, 2 or 3, each with 64 tokens."""
 
 
 @cache
@@ -80,25 +87,47 @@ def choose_tile(max_query_len: int, window: int | None) -> GluonTile:
     return GluonTile(128, 128, 8, 2, 1, 32)
 
 
-def choose_linear_tile(num_outputs: int, *, silu: bool = False) -> LinearTile:
+def choose_linear_tile(num_tokens: int, num_outputs: int, *, silu: bool = False) -> LinearTile:
     """The tile whose programs are through soonest, where as many run at once as there are multiprocessors."""
-    if silu:
-        rows = min(range(MAX_PAIRS, 0, -16), key=lambda rows: rows * _rounds(num_outputs, rows))
-        return LinearTile(rows)
-    return LinearTile(64, min(range(1, MAX_PIECES + 1), key=lambda pieces: _rounds(num_outputs, 64, pieces) / pieces))
+    if not silu:
+        pieces = min(range(1, MAX_PIECES + 1), key=lambda pieces: _rounds(num_outputs, 64, pieces) / pieces)
+        return LinearTile(64, pieces)
+    if num_tokens <= FEW:
+        consumers = 2 if num_tokens <= 128 else 3
+        rows = min(range(MAX_PAIRS[3], 0, -16), key=lambda rows: rows * _rounds(num_outputs, rows))
+        return LinearTile(rows, consumers=consumers)
+    choices = PAIRS_OF_MANY if num_tokens <= MANY else PAIRS_OF_MANY[-1:]  # one, for it is compiled at the start
+    return LinearTile(min(choices, key=lambda rows: _silu_time(num_tokens, num_outputs, rows)), consumers=2)
 
 
-def _rounds(num_outputs: int, rows: int, num_pieces: int = 1) -> int:
-    return -(-(-(-num_outputs // rows) * num_pieces) // PROGRAMS)
+def _silu_time(num_tokens: int, num_outputs: int, rows: int) -> int:
+    """In pairs that all multiprocessors' programs compute at once, with 2 consumers. Multiplying for a tile takes as long as
+    32 pairs more would: 64, 112 and 128 in 1 to 55 rounds differ by no more than 5 % from that."""
+    return _rounds(num_outputs, rows, -(-num_tokens // 128)) * (rows + 32)
+
+
+def _rounds(num_outputs: int, rows: int, times: int = 1) -> int:
+    return -(-(-(-num_outputs // rows) * times) // PROGRAMS)
 
 
 def takes_linear(x_TH: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool = False) -> bool:
     """Whether the kernels are the way for x, rather than Triton's, or cuBLAS's product and separate kernels beside it.
 
     Measured on an H200 with layers of 1,024 to 14,336 inputs and outputs. Of up to 32 tokens Triton's ask for weights sooner;
-    with SiLU x up they are as fast up to 64. silu: else the result comes in pieces.
+    with SiLU x up they are as fast up to 64, and beyond FEW it depends on how much of the last round there is: cuBLAS cuts
+    its tiles as the work wants it. silu: else the result comes in pieces.
     """
-    least, most = (64, MAX_SILU_TOKENS) if silu else (32, MAX_TOKENS)
-    if silu and len(weight) % 2:
-        return False
-    return least < len(x_TH) <= most and bias is None and available(x_TH.device) and lie_for_tma(x_TH, weight)
+    count = len(x_TH)
+    if silu:
+        fits = count > 64 and len(weight) % 32 == 0 and count * len(weight) < 2**32
+        fits = fits and (count <= FEW or _share(count, len(weight) // 2) >= LEAST_SHARE)
+    else:
+        fits = 32 < count <= MAX_TOKENS
+    return fits and bias is None and available(x_TH.device) and lie_for_tma(x_TH, weight)
+
+
+@cache
+def _share(num_tokens: int, num_outputs: int) -> float:
+    """Of the time that multiplying takes with all multiprocessors at work all the time, in that of the tile that is chosen."""
+    rows = choose_linear_tile(num_tokens, num_outputs, silu=True).rows
+    return num_tokens * num_outputs / (_silu_time(num_tokens, num_outputs, rows) * PROGRAMS * 128)

@@ -392,11 +392,8 @@ class TritonFewTokens:
         skinny.linear_add_(x_TH, weight_OH, residual_TO, bias_O)
 
 
-MANY = 1024  # tokens
-
-
 class TritonManyTokens(TorchResidual):
-    """`ResidualKernels` for many tokens on GPUs: cuBLAS's products, which add to the residual as they write.
+    """`ResidualKernels` for many tokens on GPUs: cuBLAS's products add to the residual as they write.
 
     A norm that does not add reads and writes half as much. On an H200, of 67 us for 8,192 tokens of hidden size 4,096 that
     saves 34, and a product takes 10 longer at most. A bias is added apart, so that nothing is saved there.
@@ -404,7 +401,7 @@ class TritonManyTokens(TorchResidual):
 
     def takes(self, x_TH: Tensor) -> bool:
         """Whether this is the way for x."""
-        return x_TH.is_cuda and x_TH.dtype in skinny.DTYPES and len(x_TH) > MANY
+        return x_TH.is_cuda and x_TH.dtype in skinny.DTYPES and len(x_TH) > linear.MANY
 
     def linear_add_(
         self, x_TH: Tensor, weight_OH: Tensor, residual_TO: Tensor, bias_O: Tensor | None = None
