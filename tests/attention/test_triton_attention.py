@@ -358,6 +358,28 @@ def test_decoding_keeps_all_multiprocessors_busy(lengths, efficiency):
     assert free_at.mean() / free_at.max() > efficiency
 
 
+@pytest.mark.parametrize("count", [40, 56, 64])
+def test_tiles_that_fill_the_places_are_left_whole(count):
+    """Some end early, while others have begun later: on the card whole ones took less than pieces, at 56 by 15 %."""
+    tile = choose_tile("low", LLAMA, 1, sequences_per_sm=count / 132)
+    ones, row = np.ones(count, dtype=np.int64), np.arange(count)
+
+    def num_merges(lengths):
+        return len(list_work(row, row, ones, lengths, LLAMA, tile, choose_costs("low", tile), 132).merges_E4)
+
+    assert num_merges(np.random.default_rng(5).integers(1000, 2000, count)) == 0
+    few_long = np.where(row < 2, 16_000, 200)
+    assert num_merges(few_long) == 2
+
+
+@pytest.mark.parametrize("lengths", [[3000], [3000] * 4, [2900] * 8])
+def test_a_few_long_ones_are_cut_in_graphs_for_many(lengths):
+    tile = choose_tile("low", LLAMA, 1)
+    ones, row = np.ones(len(lengths), dtype=np.int64), np.arange(len(lengths))
+    work = list_work(row, row, ones, np.array(lengths), LLAMA, tile, choose_costs("low", tile), 132)
+    assert len(work.merges_E4) == len(lengths)
+
+
 def test_what_it_cannot_do_raises():
     backend = make_backend()
     for spec in (

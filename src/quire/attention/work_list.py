@@ -128,7 +128,9 @@ def choose_piece(
     """How many keys a piece has, of tiles with so many: the cut for which all programs together should end soonest.
 
     The model: a multiprocessor with c of its p places filled takes alone + (1 - alone) c / p of the time that it takes full.
-    All are full but in the last wave; cutting finer shortens that, and costs more beginnings.
+    All are full but in the last wave; cutting finer shortens that, and costs more beginnings. Where tiles left whole fill all
+    places, the short ones fill the gaps too, and what is left of them is `_longest_place`'s, in which programs are alone. (Not
+    where a multiprocessor has one place: costs were fitted without it.)
     """
     total, longest = int(np.add.reduce(lengths_E)), int(np.maximum.reduce(lengths_E))
     places = num_sms * tile.per_sm
@@ -147,8 +149,25 @@ def choose_piece(
     last_C = (programs_C - 1) % places + 1  # programs in the last wave
     busiest_C = costs.alone + (1 - costs.alone) * np.ceil(last_C / num_sms) / tile.per_sm
     cost_C = evenly + programs_C / places * costs.per_item + candidates_C * (busiest_C - last_C / places)
-    cost_C += np.where(pieces_C > len(lengths_E), costs.merging, 0)
+    cut_C = pieces_C > len(lengths_E)
+    cost_C += np.where(cut_C, costs.merging, 0)
+    if tile.per_sm > 1 and programs >= places:
+        gap = costs.alone * max(0, _longest_place(lengths_E, places // num_kv_heads) - evenly)
+        cost_C = np.where(cut_C, cost_C, evenly + programs_C / places * costs.per_item + gap)
     return int(candidates_C[cost_C.argmin()])
+
+
+def _longest_place(lengths_E: np.ndarray, num_places: int) -> int:
+    """The most that one of these places gets, when the longest begin and each place takes the next as it ends. (By rounds: the
+    one with least gets the longest of a round.)"""
+    lengths_E = -np.sort(-lengths_E)
+    num_places = max(1, num_places)
+    loads = lengths_E[:num_places].copy()
+    for i in range(num_places, len(lengths_E), num_places):
+        more = lengths_E[i : i + num_places]
+        loads.sort()
+        loads[: len(more)] += more
+    return int(loads.max())
 
 
 @dataclass(frozen=True)
@@ -211,7 +230,9 @@ def _choose_piece_of_one(length: int, tile: Tile, costs: Costs, num_kv_heads: in
         programs = pieces * num_kv_heads
         last = (programs - 1) % places + 1
         busiest = costs.alone + (1 - costs.alone) * math.ceil(last / num_sms) / tile.per_sm
-        cost = evenly + programs / places * costs.per_item + candidate * (busiest - last / places)
+        cost = evenly + programs / places * costs.per_item
+        if pieces > 1 or tile.per_sm == 1 or programs < places:
+            cost += candidate * (busiest - last / places)
         cost += costs.merging if pieces > 1 else 0
         if cost < least_cost:
             best, least_cost = candidate, cost
