@@ -26,6 +26,13 @@ LINEAR = Path(gluon.__file__).with_name("linear.py")
 FAULTS = {  # what stands there, what is put in its place
     "each tile from the first stage": ("* turns\n        sums", "* 0\n        sums"),
     "the wrong phase of empty stages": ("(turn // STAGES) & 1 ^ 1)", "(turn // STAGES) & 1)"),
+    "the wrong phase in the next tile": ("((first + turn) // STAGES) & 1 ^ 1)", "((first + turn) // STAGES) & 1)"),
+    "no wait in the next tile": (
+        "            mbarrier.wait(empty.index(stage), ((first + turn) // STAGES) & 1 ^ 1)\n", ""
+    ),
+    "turns left out in the next tile": ("gl.where(item == gl.program_id(0), STAGES, 0)", "STAGES"),
+    "the first tile's tokens": ("num_tokens, token_tile, at, CONSUMERS)", "num_tokens, 0, at, CONSUMERS)"),
+    "columns in another order": ("permute([0, 1, 3, 2, 4])", "permute([0, 1, 2, 3, 4])"),
     "one phase of full stages": ("full.index(stage), (turn // STAGES) & 1)", "full.index(stage), 0)"),
     "no wait for empty stages": ("        mbarrier.wait(empty.index(stage), (turn // STAGES) & 1 ^ 1)\n", ""),
     "a stage freed too early": ("empty.index((turn + STAGES - 1) % STAGES), pred=turn > 0", "empty.index(stage)"),
@@ -58,7 +65,13 @@ def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ModuleTy
 def test_planted_faults_are_found(planted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gluon_interpreter.DEADLOCK_S", 0.5)
     monkeypatch.setattr("gluon_interpreter.PRODUCTS_S", 0.03)  # longer than copies take on a busy machine
+    monkeypatch.setattr(planted, "_num_sms", few_sms)
     assert any(differs_or_fails(planted, case, late) for case in CASES for late in ("products", "copies"))
+
+
+def few_sms(device: torch.device) -> int:
+    """So few that programs have several tiles."""
+    return 2
 
 
 def differs_or_fails(module: ModuleType, case: tuple[int, ...], late: Literal["copies", "products"]) -> bool:
@@ -71,7 +84,6 @@ def differs_or_fails(module: ModuleType, case: tuple[int, ...], late: Literal["c
     try:
         with interpreted(module, late):
             sums = module.linear_pieces(x, weight, tile=LinearTile(64, pieces)).sum(0)
-            module._num_sms = lambda device: 2  # so that programs have several tiles
             silu = module.linear_silu_mul(x, weight, tile=LinearTile(pairs, consumers=2)).float()
     except (AssertionError, RuntimeError, TimeoutError):
         return True
@@ -79,7 +91,8 @@ def differs_or_fails(module: ModuleType, case: tuple[int, ...], late: Literal["c
     return any(not (found - want).norm() < 1e-2 * want.norm() for found, want in zip((sums, silu), expected))
 
 
-def test_nothing_is_found_where_nothing_is_planted() -> None:
+def test_nothing_is_found_where_nothing_is_planted(monkeypatch: pytest.MonkeyPatch) -> None:
     from quire.kernels.gluon import linear
 
+    monkeypatch.setattr(linear, "_num_sms", few_sms)
     assert not any(differs_or_fails(linear, case, late) for case in CASES for late in ("products", "copies"))

@@ -32,7 +32,7 @@ _TYPES = {
 _OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 compiled: dict[str, int] = {}
 STACK_BYTES = {"_multiply_add": 0, "_linear": 0, "_heads_kernel": 0, "_linear_pieces": 0, "_linear_silu_mul": 56}
-"""Of kernels all of whose values must stay in registers, or all but a few that are written once, at a program's end."""
+"""Of kernels all of whose values must stay in registers, or all but a few that are written once, at a tile's end."""
 
 
 def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

@@ -69,7 +69,7 @@ def test_any_shape(shape: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("size", [pytest.param(size, marks=hopper) for size in (64, 320, 576, 712)])
 def test_programs_of_several_tiles(size: int) -> None:
-    """Whose turns are no multiple of the stages, so that each tile begins at another one, in either phase."""
+    """With turns that are a multiple of the stages, and that are not: then each tile begins at another one, in either phase."""
     x, weight = random(700, size), random(34_016, size, scale=size**-0.5)
     both(
         x,
@@ -179,12 +179,14 @@ def test_what_does_not_fit_raises(tokens: int) -> None:
         (225, 1472, 64, 2, 32),
         (300, 576, 320, 1, 48),
         (300, 128, 512, 1, 112),
+        (2200, 64, 128, 1, 32),
     ],
 )
 def test_interpreted(
     tokens: int, size: int, outputs: int, pieces: int, pairs: int, late: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Turns fewer and more than stages, one part and several, programs of one tile and of several."""
+    """Turns fewer and more than stages, one part and several, programs of one tile and of several, tiles of tokens in one group
+    and in two."""
     from gluon_interpreter import interpreted
     from quire.kernels.gluon import linear
 

@@ -61,7 +61,7 @@ def test_against_the_twins(tile: Tile | None, tokens: int, dtype: torch.dtype, s
 
 
 @pytest.mark.parametrize("tokens", [130, 256])
-def test_as_many_tokens_as_the_gluon_kernels_take(tokens: int) -> None:
+def test_as_many_tokens_as_pieces_in_gluon_take(tokens: int) -> None:
     check(tokens, 64, 24, torch.float16, WIDE, bias=False)
 
 

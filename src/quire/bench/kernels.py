@@ -3,7 +3,7 @@
 Decoding is held against reading memory (every key and value once), prefill against a large matrix product (causal
 operations alone); both ceilings are measured in the same run. Calls are captured in a CUDA graph that goes round several
 layers of the KV pool, more bytes than the L2 cache holds, as a step of a model does. Planning, done once a step, is timed on
-its own. Linear layers of few tokens (`linear_rows`) are held against reading, and beside cuBLAS. `--variants` tries other
+its own. Linear layers (`linear_rows`) are held against either, and beside cuBLAS. `--variants` tries other
 tiles and other cuts of the keys, and shows the best of each kind of work.
 """
 
@@ -26,7 +26,7 @@ from quire.bench.report import add_report_arguments, report
 from quire.errors import ConfigError
 from quire.kernels.torch_ops import TorchKernels
 
-HELP = "attention kernels and linear layers of few tokens against the GPU's memory bandwidth and matrix rate"
+HELP = "attention kernels and linear layers against the GPU's memory bandwidth and matrix rate"
 SPEC = AttentionSpec(32, 8, 128, scale=128**-0.5, kv_dtype=torch.bfloat16)
 BLOCK_SIZE = 16
 MIN_BYTES = 1.2e9
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         same = sorted((t for t in tried if t["work"] == work.name), key=lambda t: -t.get("reached", 0))
         print(f"{work.name}: " + ", ".join(f"[{t['variant']}] {t.get('reached', 0):.4g}" for t in same), flush=True)
     linear_found, linear_tried = linear_rows.measure(
-        linear, time_graph, ceilings["read TB/s"], repeat=args.repeat, with_variants=args.variants
+        linear, time_graph, ceilings, repeat=args.repeat, with_variants=args.variants
     )
     if rows:
         report(args, "attention kernels, bf16, 32 query heads, 8 key/value heads, head size 128", rows,

@@ -1,9 +1,10 @@
-"""The rows of `quire bench kernels` for linear layers: ours beside cuBLAS at 1 to 8,192 tokens, as weights read in a second.
+"""The rows of `quire bench kernels` for linear layers: ours beside cuBLAS at 1 to 8,192 tokens.
 
 Each layer is that of a model's shape, with what our kernels fuse into it: for few tokens (`skinny`) norm before qkv and
 gate_up, SiLU x up after gate_up, the residual's addition after o and down; for more (`triton.linear`, and on Hopper
-`gluon.linear`) SiLU x up, and o and down are left in pieces for the norm to sum. cuBLAS does the product alone. A graph goes
-round several copies of the weights, more than the L2 cache holds. Variants are compiled by several processes first, into
+`gluon.linear`) SiLU x up, and o and down are left in pieces for the norm to sum. cuBLAS does the product alone. The ceiling
+is reading the weights or multiplying, whichever takes longer. A graph goes round several copies of the weights, more than the
+L2 cache holds. Variants are compiled by several processes first, into
 Triton's cache, and each result is checked before it is timed.
 """
 
@@ -14,7 +15,7 @@ import dataclasses
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -219,13 +220,18 @@ class Problem:
 
     def _row(self, calls: Sequence[Callable[[], object]]) -> dict[str, float]:
         seconds = self.time_graph(calls, self.repeat)
-        return {"us": 1e6 * seconds, "TB/s": self.layer.num_bytes / seconds / 1e12}
+        operations = len(self.x_TH) * self.layer.num_bytes  # two for each of the weights, which are of two bytes
+        return {
+            "us": 1e6 * seconds,
+            "TB/s": self.layer.num_bytes / seconds / 1e12,
+            "TFLOP/s": operations / seconds / 1e12,
+        }
 
 
 def measure(
     works: Sequence[tuple[str, Layer, int]],
     time_graph: TimeGraph,
-    read_tb_s: float,
+    ceilings: Mapping[str, float],
     *,
     repeat: int,
     with_variants: bool,
@@ -247,8 +253,8 @@ def measure(
         if tile is None:
             continue
         found, cublas = problem.ours(tile), problem.cublas()
-        ceiling = found["TB/s"] / read_tb_s
-        row = {"layer": name, **found, "of ceiling": ceiling, "cuBLAS us": cublas["us"], "cuBLAS TB/s": cublas["TB/s"]}
+        reached = max(found["TB/s"] / ceilings["read TB/s"], found["TFLOP/s"] / ceilings["matmul TFLOP/s"])
+        row = {"layer": name, **found, "of ceiling": reached, "cuBLAS us": cublas["us"]}
         rows.append(row | {"tile": _words(tile)})
         print(*(f"{value:.3g}" if isinstance(value, float) else value for value in rows[-1].values()), flush=True)
         if not with_variants:

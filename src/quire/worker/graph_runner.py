@@ -219,7 +219,8 @@ class GraphRunner:
     def compile_ahead(self, num_threads: int = 1) -> None:
         """Compiles all kernels that there are graphs of, those that `capture_all` leaves out too, so many at once.
 
-        Goes through the layers for each number of tokens that kernels differ in, without running the kernels.
+        Goes through the layers for each number of tokens that kernels differ in, without running the kernels: all of decoding
+        steps, mixed ones up to the first for which there are many, and the most.
         """
         nothing = np.zeros(0, dtype=np.int64)
 
@@ -227,8 +228,8 @@ class GraphRunner:
             size.words.copy_(torch.from_numpy(size.template))
             return self._plans(size, np.zeros(1, dtype=np.int64), nothing)
 
-        beyond = max(LONG, linear.MANY)
-        mixed = [size for i, size in enumerate(self.sizes.mixed) if i == 0 or self.sizes.mixed[i - 1] <= beyond]
+        sizes, beyond = self.sizes.mixed, max(LONG, linear.MANY)
+        mixed = [size for i, size in enumerate(sizes) if i in (0, len(sizes) - 1) or sizes[i - 1] <= beyond]
         with compiling_ahead(num_threads):  # the largest first: what is allocated for it serves the others
             for num_tokens, is_long in reversed(list(kinds_of_mixed(mixed))):
                 size = self.sizes.of_tokens(num_tokens, is_long)

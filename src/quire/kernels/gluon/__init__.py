@@ -24,10 +24,10 @@ MAX_TOKENS = 256
 MAX_PAIRS = {2: 128, 3: 112}
 """Of gate and up in a program, by its consumers: their registers are all that there are."""
 MAX_PIECES = 4
-FEW = 192
-"""Tokens of a layer with SiLU x up, for which reading the weights is most of the time."""
-PAIRS_OF_MANY = (64, 112, 128)
-"""Of a program, of layers for more than FEW tokens."""
+MAX_TOKENS_AT_ONCE = 192
+"""Of a layer with SiLU x up: so many are one program's, of 3 consumers. With more, programs have 2, and several tiles."""
+PAIRS_OF_SEVERAL = (64, 112, 128)
+"""Gate and up of a program then."""
 LEAST_SHARE = 0.64
 """See `takes_linear`. The kernel was faster than cuBLAS and SiLU with 0.646 and more, slower with 0.63 and less."""
 
@@ -88,15 +88,16 @@ def choose_tile(max_query_len: int, window: int | None) -> GluonTile:
 
 
 def choose_linear_tile(num_tokens: int, num_outputs: int, *, silu: bool = False) -> LinearTile:
-    """The tile whose programs are through soonest, where as many run at once as there are multiprocessors."""
+    """The tile whose programs are through soonest, where as many run at once as there are multiprocessors. Without SiLU x up
+    num_tokens makes no difference; with it there is one tile for all beyond MANY, so that a start has not many to compile."""
     if not silu:
         pieces = min(range(1, MAX_PIECES + 1), key=lambda pieces: _rounds(num_outputs, 64, pieces) / pieces)
         return LinearTile(64, pieces)
-    if num_tokens <= FEW:
+    if num_tokens <= MAX_TOKENS_AT_ONCE:
         consumers = 2 if num_tokens <= 128 else 3
         rows = min(range(MAX_PAIRS[3], 0, -16), key=lambda rows: rows * _rounds(num_outputs, rows))
         return LinearTile(rows, consumers=consumers)
-    choices = PAIRS_OF_MANY if num_tokens <= MANY else PAIRS_OF_MANY[-1:]  # one, for it is compiled at the start
+    choices = PAIRS_OF_SEVERAL if num_tokens <= MANY else PAIRS_OF_SEVERAL[-1:]
     return LinearTile(min(choices, key=lambda rows: _silu_time(num_tokens, num_outputs, rows)), consumers=2)
 
 
@@ -114,13 +115,13 @@ def takes_linear(x_TH: Tensor, weight: Tensor, bias: Tensor | None, *, silu: boo
     """Whether the kernels are the way for x, rather than Triton's, or cuBLAS's product and separate kernels beside it.
 
     Measured on an H200 with layers of 1,024 to 14,336 inputs and outputs. Of up to 32 tokens Triton's ask for weights sooner;
-    with SiLU x up they are as fast up to 64, and beyond FEW it depends on how much of the last round there is: cuBLAS cuts
-    its tiles as the work wants it. silu: else the result comes in pieces.
+    with SiLU x up they are as fast up to 64, and beyond MAX_TOKENS_AT_ONCE it depends on how full the rounds are: cuBLAS has
+    more ways to cut the work. silu: else the result comes in pieces.
     """
     count = len(x_TH)
     if silu:
         fits = count > 64 and len(weight) % 32 == 0 and count * len(weight) < 2**32
-        fits = fits and (count <= FEW or _share(count, len(weight) // 2) >= LEAST_SHARE)
+        fits = fits and (count <= MAX_TOKENS_AT_ONCE or _share(count, len(weight) // 2) >= LEAST_SHARE)
     else:
         fits = 32 < count <= MAX_TOKENS
     return fits and bias is None and available(x_TH.device) and lie_for_tma(x_TH, weight)

@@ -50,7 +50,7 @@ _BOXES = gl.constexpr(4)
 _FLAT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 _FIVE = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=5))
 _GROUP = gl.constexpr(16)
-"""Tiles of tokens beside each other in time."""
+"""Tiles of tokens that take turns at a tile of weights."""
 _LOG2_E = gl.constexpr(1.4426950408889634)
 SHARED_BYTES = 230_000
 MAX_STAGES = 8
@@ -340,7 +340,7 @@ def _consume_pairs(
 
 @gluon.jit
 def _put(y, out_ptr, num_tokens, token, column, OUTPUTS: gl.constexpr, COLUMNS: gl.constexpr):
-    """[64, COLUMNS], whose columns are in the order of `_load_pairs`: a thread has four neighbours of them."""
+    """[64, COLUMNS], whose columns are in the order of `_groups`: a thread has four neighbours of them."""
     LAYOUT: gl.constexpr = _rows_layout(COLUMNS)
     y = y.reshape([64, COLUMNS // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, COLUMNS])
     y = gl.convert_layout(y, LAYOUT, assert_trivial=True)
@@ -476,7 +476,7 @@ def _boxes(x: Tensor, rows: int) -> TensorDescriptor:
 
 def _groups(weight: Tensor, rows: int) -> TensorDescriptor:
     """Rows by 16, of which 4 q + 2 j + e comes as 8 j + 2 q + e: a thread of the matrix units has columns 2 q and 2 q + 1 of
-    each 8. (Strides that don't ascend: the copy engine takes them.)"""
+    each 8. (CUDA's documentation wants each stride to be a multiple of those within; driver 580 takes these.)"""
     size = weight.shape[1]
     return TensorDescriptor(
         weight, [len(weight) // 16, 2, 4, 2, size], [16 * size, 2 * size, 4 * size, size, 1],

@@ -32,10 +32,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from quire.kernels.triton import dependent
 
 MAX_TOKENS = 256
-"""`takes` is for no more than 128; beyond, this is what the Gluon kernels (`quire.kernels.gluon.linear`) are compared with."""
+"""`takes` is for no more than 128; beyond, this is what Gluon's (`quire.kernels.gluon.linear`) are compared with."""
 MAX_PIECES = 8
 MANY = 1024
-"""Tokens, beyond which layers go other ways than with fewer: what adds, or multiplies by SiLU, does it in the product."""
+"""Tokens beyond which products add to the residual (`fused.TritonManyTokens`), and those with SiLU x up have one tile
+(`kernels.gluon.choose_linear_tile`)."""
 DTYPES = (torch.bfloat16, torch.float16)
 SMALL = 2**23
 """Elements of a weight that is read in less time than a few launches take."""
