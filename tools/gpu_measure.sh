@@ -63,16 +63,25 @@ rates() { # shape; a trace's requests through a server
     end_server
 }
 
+sanitize() { # name of the log, test file, which of its tests; no graphs: without torch's own allocator they cannot be captured
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$PYTHONPATH:tests timeout -s INT -k 10 "${LIMIT:-500}" \
+        compute-sanitizer --tool memcheck $PYTHON -m pytest -q -m gpu -p no:cacheprovider -o filterwarnings=default -o timeout=0 \
+        -k "not graph $3" "tests/$2.py" >"$OUT/sanitize-$1.log" 2>&1
+}
+
 for part in "$@"; do
     case $part in
     kernels) bench kernels kernels ;;
     sanitize) # tests of kernels under the checker of memory accesses; quickest where gpu_check.sh has compiled them before
-        for tests in kernels/test_gluon_linear kernels/test_linear kernels/test_skinny kernels/test_triton \
-            attention/test_triton_attention attention/test_gluon_attention; do
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$PYTHONPATH:tests timeout -s INT -k 10 "${LIMIT:-500}" \
-                compute-sanitizer --tool memcheck $PYTHON -m pytest -q -m gpu -p no:cacheprovider -o filterwarnings=default \
-                -o timeout=0 "tests/$tests.py" >"$OUT/sanitize-$(basename $tests).log" 2>&1 &
-        done
+        sanitize gluon-linear kernels/test_gluon_linear "" &
+        sanitize linear kernels/test_linear "" &
+        sanitize skinny kernels/test_skinny "" &
+        sanitize triton kernels/test_triton "" &
+        sanitize attention-float64 attention/test_triton_attention "and float64" &
+        sanitize attention-random attention/test_triton_attention "and random" &
+        sanitize attention-rest attention/test_triton_attention "and not float64 and not random" &
+        sanitize gluon-attention attention/test_gluon_attention "and (float64 or random)" &
+        sanitize gluon-attention-rest attention/test_gluon_attention "and not float64 and not random" &
         wait
         for log in "$OUT"/sanitize-*.log; do
             echo "== $log"
