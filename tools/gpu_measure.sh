@@ -1,7 +1,7 @@
 #!/bin/sh
 # On a machine with a GPU, from the repository's root: the measurements of docs/performance.md, by part:
 #
-#     tools/gpu_measure.sh PART ... [requests] [lists] [prefill] [kernels] [startup] [http] [long] [rates] [peer] [sanitize]
+#     tools/gpu_measure.sh PART ... [requests] [lists] [prefill] [kernels] [startup] [http] [long] [rates] [peer] [swap] [sanitize]
 #
 # Tables go to the terminal, JSON and pictures to $OUT (default /tmp). WORKLOAD: a JSON list of [prompt tokens, output tokens];
 # TRACE: a CSV of arrivals, for `rates`; TOKENIZER: a directory, for `http` and `rates`; SHAPES: those to take, of `quire bench --help`.
@@ -72,6 +72,7 @@ sanitize() { # name of the log, test file, which of its tests; no graphs: withou
 for part in "$@"; do
     case $part in
     kernels) bench kernels kernels ;;
+    swap) bench swap swap ;;
     sanitize) # tests of kernels under the checker of memory accesses; quickest where gpu_check.sh has compiled them before
         sanitize gluon-linear kernels/test_gluon_linear "" &
         sanitize linear kernels/test_linear "" &

@@ -67,6 +67,11 @@ class KVStore:
             self._pinned = PinnedLater(self.host_BG2HSD, CudaDriver(self._device))
             weakref.finalize(self, self._pinned.close)
 
+    def wait_until_pinned(self) -> None:
+        """Or until that has failed."""
+        if self._pinned is not None:
+            self._pinned.wait()
+
     def copy(self, pairs: np.ndarray) -> None:
         """Copies blocks on the device; `pairs` [n, 2] are (source, target), and no block is both."""
         if len(pairs):
