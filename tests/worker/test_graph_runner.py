@@ -90,6 +90,8 @@ def test_sizes() -> None:
     assert graph_sizes(1) == [1]
     assert graph_sizes(3) == [1, 2, 4]
     assert graph_sizes(6) == [1, 2, 4, 16]
+    assert graph_sizes(3, few=2) == graph_sizes(16, few=2) == [1, 2, 16]
+    assert graph_sizes(2, few=2) == [1, 2]
     assert graph_sizes(256)[-5:] == [160, 192, 208, 224, 256]
     assert graph_sizes(10_000)[-1] == 512
     assert mixed_sizes(0) == []

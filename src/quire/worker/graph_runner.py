@@ -95,8 +95,10 @@ class GraphRunner:
         dtype: torch.dtype,
         capture: Capture | None = None,
         max_num_tokens: int = 0,
+        few: int = 4,
     ) -> None:
-        """specs: of each layer. dtype: of queries. max_num_tokens: of a mixed step; 0: they are not taken."""
+        """specs: of each layer. dtype: of queries. max_num_tokens: of a mixed step; 0: they are not taken. few: see
+        `graph_sizes`."""
         self._model = model
         self._attention = attention
         self._inputs = inputs
@@ -105,7 +107,7 @@ class GraphRunner:
         self._capture: Capture = capture or CudaCapture(inputs.device)
         # the first layer of each cache group speaks for all
         group_specs = [specs[store.group_of_layer.index(g)] for g in range(len(inputs.tables_RB))]
-        self.sizes = GraphSizes(attention, inputs, sampling, group_specs, dtype, max_num_tokens)
+        self.sizes = GraphSizes(attention, inputs, sampling, group_specs, dtype, max_num_tokens, few)
         self.num_replays = 0
         self.num_mixed_replays = 0
         self.num_captures = 0

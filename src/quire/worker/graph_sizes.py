@@ -37,14 +37,16 @@ _IN_GRAPH = int(Use.RANDOM | Use.TEMPERATURE | Use.TRUNCATE | Use.NUCLEUS)
 _TRUNCATE = int(Use.TRUNCATE)
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
+def graph_sizes(max_num_seqs: int, few: int = 4) -> list[int]:
     """1, 2, 4, then 16 and its doubles up to 64, every 32nd up to 128, every 16th up to 160, every 32nd up to LARGEST, and 208;
-    the last one holds max_num_seqs.
+    the last one holds max_num_seqs. few: 4 is left out if it is more (`fused.most_few_tokens`); in such a model 3 entries
+    would take longer than 16 do.
 
     Up to 64 a step takes as long as reading the weights, and linear layers of so many tokens read them faster than those of
     fewer (`kernels.triton.linear`). Of 176 tokens they take as long as of 192, of 240 as of 256 (`kernels.gluon.linear`).
     """
-    sizes = [1, 2, 4, 16, 32, 64, 96, 128, 144, 160, 192, 208, *range(224, LARGEST + 1, 32)]
+    sizes = [size for size in (1, 2, 4) if size <= few]
+    sizes += [16, 32, 64, 96, 128, 144, 160, 192, 208, *range(224, LARGEST + 1, 32)]
     return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < max_num_seqs]
 
 
@@ -125,16 +127,17 @@ class GraphSizes:
         specs: Sequence[AttentionSpec],
         dtype: torch.dtype,
         max_num_tokens: int,
+        few: int,
     ) -> None:
         """specs: of each cache group's layers, which differ in nothing that a plan depends on. dtype: of queries.
-        max_num_tokens: of a mixed step; 0: there are none."""
+        max_num_tokens: of a mixed step; 0: there are none. few: see `graph_sizes`."""
         self._attention = attention
         self._inputs = inputs
         self._sampling = sampling
         self._specs = specs
         self._dtype = dtype
         device, num_groups = inputs.device, len(inputs.tables_RB)
-        self.decode = graph_sizes(inputs.padding_row)
+        self.decode = graph_sizes(inputs.padding_row, few)
         self.mixed = mixed_sizes(max_num_tokens)
         self.largest = self.decode[-1]
         packings = [self._packing(size, self._capacity(size), self._decode_buffers(size)) for size in self.decode]

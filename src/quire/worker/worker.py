@@ -139,6 +139,7 @@ class Worker:
         logger.info("allocated KV memory in %.1f s", time.perf_counter() - began_s)
         self._runner = ModelRunner(self._model, self._attention, inputs, sampling, store)
         if isinstance(inputs, PackedInputBatch):
+            from quire.kernels.triton.fused import most_few_tokens
             from quire.sampling.triton import TritonChooser
             from quire.worker.graph_runner import GraphRunner, graphs_for
 
@@ -148,6 +149,7 @@ class Worker:
                 self._runner.graphs = GraphRunner(
                     self._model, backend, inputs, sampling, store, self._model.attention_specs, self._dtype,
                     max_num_tokens=config.step_token_budget(self._device.type),
+                    few=most_few_tokens(self._model_config.hidden_size),
                 )  # fmt: skip
                 self._prepare(self._runner.graphs)
         store.pin_host_memory()

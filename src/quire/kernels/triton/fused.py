@@ -359,17 +359,18 @@ class TritonKernels(TorchKernels):
 SMALL = 2048  # hidden size
 
 
-class TritonFewTokens:
-    """`ResidualKernels` for few tokens on GPUs, from `skinny`. Does not see a CPU's tensors: those would be interpreted.
+def most_few_tokens(hidden_size: int) -> int:
+    """Of a step whose linear layers are `TritonFewTokens`'s. Measured on an H200, the matrix units' way (`linear`) is as fast
+    from 3 tokens on, and from 5 for small models, whose time is in the launches; it is for 16 tokens or more."""
+    return 4 if hidden_size <= SMALL else 2
 
-    Measured on an H200, the matrix units' way (`linear`) is as fast from 3 tokens on, and from 5 for small models, whose time
-    is in the launches.
-    """
+
+class TritonFewTokens:
+    """`ResidualKernels` for few tokens on GPUs, from `skinny`. Does not see a CPU's tensors: those would be interpreted."""
 
     def takes(self, x_TH: Tensor) -> bool:
         """Whether this is the way for x, by its device, dtype and number of tokens."""
-        most = 4 if x_TH.shape[1] <= SMALL else 2
-        return x_TH.is_cuda and x_TH.dtype in skinny.DTYPES and 0 < len(x_TH) <= most
+        return x_TH.is_cuda and x_TH.dtype in skinny.DTYPES and 0 < len(x_TH) <= most_few_tokens(x_TH.shape[1])
 
     def linear(
         self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None
