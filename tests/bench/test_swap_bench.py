@@ -40,6 +40,12 @@ def test_options_that_make_no_sense_are_told(capsys: pytest.CaptureFixture[str])
     assert "positive" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "swap", *SMALL, "--device", "cuda"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
 def test_scattered_blocks_have_few_neighbours() -> None:
     from argparse import Namespace
 

@@ -45,12 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
+    from quire.worker.worker import choose_device
 
     if min(args.block_size, args.num_blocks, args.repeat) < 1:
         raise ConfigError("--block-size, --num-blocks and --repeat must be positive")
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = choose_device(args.device)
     with tempfile.TemporaryDirectory() as directory:
         model = load_model_config(str(write_shape(args.shape, Path(directory))))
     groups = form_groups(model.layer_windows, model.num_kv_heads, model.head_dim, args.dtype)
@@ -68,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
             }
             if device.type == "cuda":
                 beside_s, slower = moving.beside_products(direction, how)
-                row |= {"beside products": moving.num_bytes / beside_s / 1e9, "products take": slower}
+                row |= {
+                    "beside products": moving.num_bytes / beside_s / 1e9,
+                    "products take so many times as long": slower,
+                }
             rows.append(row)
     moving.check()
     report(args, f"{args.shape}: {args.num_blocks} blocks of {moving.num_bytes / args.num_blocks / 1e6:.2f} MB", rows)
@@ -136,7 +138,8 @@ class Moving:
         import torch
 
         out, blocks_BX = self._pairs["scattered"], self._store.blocks_BG2HSD.flatten(1)
-        blocks_BX.copy_(torch.arange(len(blocks_BX))[:, None] % 256)  # which any dtype can hold
+        numbers_B = torch.arange(len(blocks_BX), device=self._device) % 256  # which any dtype can hold
+        blocks_BX.copy_(numbers_B[:, None])
         there = blocks_BX[out[:, 0]].clone()
         self._move(Direction.OUT, out)()
         blocks_BX.zero_()

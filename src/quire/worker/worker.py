@@ -58,7 +58,7 @@ class Worker:
         self._model_config = model
         self._groups = groups
         self._max_model_len = max_model_len
-        self._device = _choose_device(config.device)
+        self._device = choose_device(config.device)
         self._dtype = resolve_dtype(config.dtype, model)
         self._kv_dtype = getattr(torch, groups[0].dtype)
         memory.check_weights_fit(model, self._dtype, self._device)
@@ -198,7 +198,8 @@ class Worker:
         return self.runner.launch_sample(step)
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """auto, cuda or cpu; raises ConfigError for cuda where torch sees none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda', but torch sees no CUDA device here; use device='cpu'")
     if name == "auto":
