@@ -1,6 +1,11 @@
 """What tests of several directories share, beside fixtures."""
 
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,6 +23,19 @@ def shared_data(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"test data {relative} is not on this machine")
     return path
+
+
+@contextmanager
+def loaded(path: Path) -> Iterator[ModuleType]:
+    """The program or module at `path`, which is no package's, under its own name."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[path.stem]
 
 
 TINY_CONFIG = {

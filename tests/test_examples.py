@@ -1,8 +1,6 @@
 """The programs in examples/ run, and do what they say."""
 
 import asyncio
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,18 +8,13 @@ from typing import Any
 import pytest
 
 from quire import AsyncEngine
-from support import ROOT, assert_nothing_leaked
+from support import ROOT, assert_nothing_leaked, loaded
 
 
 @pytest.fixture(scope="module")
 def tree_search() -> Any:
-    spec = importlib.util.spec_from_file_location("tree_search", ROOT / "examples" / "tree_search.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tree_search"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["tree_search"]
+    with loaded(ROOT / "examples" / "tree_search.py") as module:
+        yield module
 
 
 def test_a_tree_search_branches_scores_kills_and_shares(tiny_model: Path, tree_search: ModuleType) -> None:

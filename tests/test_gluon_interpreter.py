@@ -1,7 +1,5 @@
 """The interpreter of Gluon finds faults: such as are planted into the text of the linear layers and of attention."""
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +13,7 @@ import triton_interpreter  # noqa: F401  # isort: skip
 from quire.kernels import gluon
 from quire.kernels.gluon import LinearTile
 from quire.kernels.torch_ops import TorchKernels
+from support import loaded
 
 pytestmark = [
     pytest.mark.skipif(
@@ -50,15 +49,10 @@ def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ModuleTy
     there, instead = FAULTS[request.param]
     text = LINEAR.read_text()
     assert there in text
-    path = tmp_path / "planted.py"
+    path = tmp_path / "planted_linear.py"
     path.write_text(text.replace(there, instead))
-    spec = importlib.util.spec_from_file_location("planted_linear", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["planted_linear"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["planted_linear"]
+    with loaded(path) as module:
+        yield module
 
 
 @pytest.mark.parametrize("planted", FAULTS, indirect=True)
