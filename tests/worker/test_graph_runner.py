@@ -13,6 +13,7 @@ import torch
 from quire import LLM, BeamSearchParams, SamplingParams
 from quire.core.cache_group import CacheGroup
 from quire.core.step import NewRow, SchedulerOutput, TableUpdate
+from quire.kernels.triton.fused import most_few_tokens
 from quire.worker.graph_runner import GraphRunner
 from quire.worker.graph_sizes import graph_sizes, mixed_sizes
 from quire.worker.input_batch import InputBatch, PackedInputBatch, Packing, joined_updates
@@ -92,6 +93,7 @@ def test_sizes() -> None:
     assert graph_sizes(6) == [1, 2, 4, 16]
     assert graph_sizes(3, few=2) == graph_sizes(16, few=2) == [1, 2, 16]
     assert graph_sizes(2, few=2) == [1, 2]
+    assert (most_few_tokens(2048), most_few_tokens(4096)) == (4, 2)
     assert graph_sizes(256)[-5:] == [160, 192, 208, 224, 256]
     assert graph_sizes(10_000)[-1] == 512
     assert mixed_sizes(0) == []
@@ -115,8 +117,9 @@ def outputs_with_extras(model: Path, *, graphs: bool) -> tuple[list[Any], list[A
         if graphs:
             runner.graphs = GraphRunner(
                 runner.model, runner.attention, runner.inputs, runner.sampling, runner.store,
-                runner.model.attention_specs, worker._dtype, capture=again, max_num_tokens=9,
+                runner.model.attention_specs, worker._dtype, capture=again, max_num_tokens=9, few=2,
             )  # fmt: skip
+            assert runner.graphs.sizes.decode == [1, 2, 16]
             runner.graphs.capture_all()
         ways = []
         forward = runner.forward
