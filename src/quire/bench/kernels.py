@@ -3,8 +3,8 @@
 Decoding is held against reading memory (every key and value once), prefill against a large matrix product (causal
 operations alone); both ceilings are measured in the same run. Calls are captured in a CUDA graph that goes round several
 layers of the KV pool, more bytes than the L2 cache holds, as a step of a model does. Planning, done once a step, is timed on
-its own. Linear layers (`linear_rows`) are held against either, and beside cuBLAS. `--variants` tries other
-tiles and other cuts of the keys, and shows the best of each kind of work.
+its own. Linear layers (`linear_rows`) are held against either, and beside cuBLAS. `--variants` tries other tiles and other
+cuts of the keys, and shows the best of each kind of work.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ MIN_BYTES = 1.2e9
 
 @dataclass(frozen=True)
 class Work:
-    """Sequences of so many tokens, that decode one or are prefilled whole; the goal is for one H200."""
+    """Sequences of so many tokens, that decode one or are prefilled whole; the goal, if there is one, is for one H200."""
 
     name: str
     lengths: tuple[int, ...]
     decode: bool
-    goal: float
+    goal: float | None
     """TB/s or TFLOP/s."""
 
     @property
@@ -60,12 +60,19 @@ def drawn_lengths() -> tuple[int, ...]:
     return tuple(int(n) for n in lengths)
 
 
+def uneven_lengths(count: int) -> tuple[int, ...]:
+    """1,000 to 2,000, as late in a list of requests that began together."""
+    return tuple(int(n) for n in np.random.default_rng(5).integers(1000, 2000, count))
+
+
 WORKS = (
     Work("decode 64 x 4096", (4096,) * 64, True, 4.25),
     Work("decode 256 x 1024", (1024,) * 256, True, 4.05),
     Work("decode 8 x 8192", (8192,) * 8, True, 3.7),
     Work("decode 1 x 32768", (32768,), True, 3.2),
     Work("decode 256 drawn", drawn_lengths(), True, 3.9),
+    Work("decode 56 uneven", uneven_lengths(56), True, None),
+    Work("decode 14 uneven", uneven_lengths(14), True, None),
     Work("prefill 4 x 4096", (4096,) * 4, False, 480),
     Work("prefill 1 x 16384", (16384,), False, 540),
     Work("prefill 16 x 1024", (1024,) * 16, False, 330),
@@ -141,7 +148,7 @@ def _row(work: Work, found: dict[str, float], ceilings: dict[str, float]) -> dic
         "unit": "TB/s" if work.decode else "TFLOP/s",
         "of ceiling": reached / ceiling,
         "goal (H200)": work.goal,
-        "of goal": reached / work.goal,
+        "of goal": reached / work.goal if work.goal else None,
         "plan us": found["plan_s"] * 1e6,
     }
 
