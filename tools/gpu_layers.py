@@ -24,28 +24,35 @@ from quire import LLM, SamplingParams
 from quire.bench.shapes import SHAPES, write_shape
 from quire.kernels.triton import dependent
 
-LINEAR = {"_linear", "_linear_pieces", "_linear_silu_mul", "_multiply_add"}
-# name: the Triton and Gluon kernels that stay (None: all), whether cuBLAS's do, whether launches are dependent
-CASES: dict[str, tuple[set[str] | None, bool, bool]] = {
-    "as it is": (None, True, True),
-    "launches not dependent": (None, True, False),
-    "attention alone": ({"_attend"}, False, True),
-    "linear alone": (LINEAR | {"_silu_and_mul_kernel"}, True, True),
+LINEAR = {"_linear", "_linear_pieces", "_linear_silu_mul", "_multiply_add", "_silu_and_mul_kernel"}
+# name: whether a Triton or Gluon kernel of that name stays, whether cuBLAS's do, whether launches are dependent. The last
+# writes what belongs into the step's slots, where others left what later steps could not use.
+CASES: dict[str, tuple[Callable[[str], bool], bool, bool]] = {
+    "launches not dependent": (lambda name: True, True, False),
+    "attention alone": (lambda name: name == "_attend", False, True),
+    "linear alone": (lambda name: name in LINEAR, True, True),
+    "without attention": (lambda name: name != "_attend", True, True),
+    "without norms": (lambda name: name != "_rms_norm_kernel", True, True),
+    "without rotary and writes": (lambda name: name != "_heads_kernel", True, True),
+    "without cuBLAS": (lambda name: True, False, True),
+    "without gate and up in Gluon": (lambda name: name != "_linear_silu_mul", True, True),
+    "without pieces in Gluon": (lambda name: name != "_linear_pieces", True, True),
+    "as it is": (lambda name: True, True, True),
 }
 
 
 class Choice:
     """Which kernels launches reach, while it is entered."""
 
-    def __init__(self, stay: set[str] | None, cublas: bool, is_dependent: bool) -> None:
-        self._stay, self._cublas, self._is_dependent = stay, cublas, is_dependent
+    def __init__(self, stays: Callable[[str], bool], cublas: bool, is_dependent: bool) -> None:
+        self._stays, self._cublas, self._is_dependent = stays, cublas, is_dependent
 
     def __enter__(self) -> None:
-        stay, run, linear, options = self._stay, JITFunction.run, functional.linear, dependent.options
+        run, linear, options = JITFunction.run, functional.linear, dependent.options
         self._originals = run, linear, options
 
         def chosen(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-            return run(kernel, *args, **kwargs) if stay is None or kernel.__name__ in stay else None
+            return run(kernel, *args, **kwargs) if self._stays(kernel.__name__) else None
 
         def nothing(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
             return x.new_empty((*x.shape[:-1], len(weight)))
@@ -61,12 +68,12 @@ class Choice:
 
 
 def seconds_of(replay: Callable[[], object]) -> float:
-    """Of one replay, the median of 7 times 5 after 3."""
+    """Of one replay, the median of 7 times 5 after 15."""
     times = []
     for i in range(8):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
-        for _ in range(5 if i else 3):
+        for _ in range(5 if i else 15):
             replay()
         ended.record()
         ended.synchronize()
@@ -95,6 +102,7 @@ def main(shape: str, workload: str, steps: list[int]) -> None:
         engine.add_request(str(i), prompt, SamplingParams(max_tokens=num_out, ignore_eos=True, temperature=0.6))
     for call in range(1, max(steps) + 1):
         engine.step()
+        assert engine.has_unfinished, f"at step {call} no request is left"
         if call not in steps:
             continue
         torch.cuda.synchronize()
