@@ -91,9 +91,9 @@ def test_sizes() -> None:
     assert graph_sizes(1) == [1]
     assert graph_sizes(3) == [1, 2, 4]
     assert graph_sizes(6) == [1, 2, 4, 16]
-    assert graph_sizes(3, few=2) == graph_sizes(16, few=2) == [1, 2, 16]
-    assert graph_sizes(2, few=2) == [1, 2]
-    assert (most_few_tokens(2048), most_few_tokens(4096)) == (4, 2)
+    assert graph_sizes(2, few=1) == graph_sizes(16, few=1) == [1, 16]
+    assert graph_sizes(1, few=1) == [1]
+    assert (most_few_tokens(2048), most_few_tokens(4096)) == (4, 1)
     assert graph_sizes(256)[-5:] == [160, 192, 208, 224, 256]
     assert graph_sizes(10_000)[-1] == 512
     assert mixed_sizes(0) == []
@@ -117,9 +117,9 @@ def outputs_with_extras(model: Path, *, graphs: bool) -> tuple[list[Any], list[A
         if graphs:
             runner.graphs = GraphRunner(
                 runner.model, runner.attention, runner.inputs, runner.sampling, runner.store,
-                runner.model.attention_specs, worker._dtype, capture=again, max_num_tokens=9, few=2,
+                runner.model.attention_specs, worker._dtype, capture=again, max_num_tokens=9, few=1,
             )  # fmt: skip
-            assert runner.graphs.sizes.decode == [1, 2, 16]
+            assert runner.graphs.sizes.decode == [1, 16]
             runner.graphs.capture_all()
         ways = []
         forward = runner.forward

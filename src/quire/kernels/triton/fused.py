@@ -361,8 +361,8 @@ SMALL = 2048  # hidden size
 
 def most_few_tokens(hidden_size: int) -> int:
     """Of a step whose linear layers are `TritonFewTokens`'s. Measured on an H200, the matrix units' way (`linear`) is as fast
-    from 3 tokens on, and from 5 for small models, whose time is in the launches; it is for 16 tokens or more."""
-    return 4 if hidden_size <= SMALL else 2
+    from 2 tokens on, and from 5 for small models, whose time is in the launches; it is for 16 tokens or more."""
+    return 4 if hidden_size <= SMALL else 1
 
 
 class TritonFewTokens:
