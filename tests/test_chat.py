@@ -20,6 +20,7 @@ from quire.chat import Chat, read_turn, without_controls
 from quire.chat_models import LocalModel, RemoteModel, TurnStats, as_continuation
 from quire.config import EngineConfig
 from quire.errors import ConfigError, EngineDeadError, RequestError
+from quire.options import parse_sampling_setting
 from sse_server import Reply, SseServer
 from support import TINY_CONFIG, assert_nothing_leaked, shared_data
 
@@ -77,7 +78,7 @@ class PretendFace:
 
 def talk(*lines, **options):
     face = PretendFace(lines, options.pop("is_interactive", True))
-    chat = Chat(PretendModel(), face, cli.parse_sampling_setting, **options)
+    chat = Chat(PretendModel(), face, parse_sampling_setting, **options)
     chat.status = chat.run()
     return chat, face
 

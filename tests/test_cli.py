@@ -1,7 +1,6 @@
-"""The command line: options from dataclasses, errors in one line, nothing loaded that isn't needed."""
+"""The command line: errors in one line, nothing loaded that isn't needed."""
 
 import argparse
-import dataclasses
 import os
 import subprocess
 import sys
@@ -12,17 +11,6 @@ import quire.bench
 from quire import cli
 from quire.config import EngineConfig
 from quire.errors import ConfigError
-from quire.sampling_params import SamplingParams
-
-# Those of SamplingParams that are no options: the engine's seed serves, and the job decides.
-NO_OPTIONS = {"seed", "output_kind"}
-
-
-def parse(*argv):
-    parser = cli.Parser(prog="test")
-    cli.add_engine_arguments(parser)
-    cli.add_sampling_arguments(parser)
-    return parser.parse_args(argv)
 
 
 def test_help_is_fast_and_loads_no_torch():
@@ -43,71 +31,6 @@ def test_module_runs_as_command():
 def test_no_command_prints_help(capsys):
     assert cli.main([]) == 2
     assert "generate" in capsys.readouterr().err
-
-
-# -- options -------------------------------------------------------------------------------------------------------------
-def test_every_field_is_explained():
-    assert cli.ENGINE_HELP.keys() == {field.name for field in dataclasses.fields(EngineConfig)}
-    assert cli.SAMPLING_HELP.keys() == {field.name for field in dataclasses.fields(SamplingParams)} - NO_OPTIONS
-
-
-def test_defaults_are_the_dataclasses():
-    args = parse("--model", "m")
-    assert cli.engine_config_from(args) == EngineConfig(model="m")
-    assert cli.sampling_options_from(args) == {}
-    assert cli.sampling_params_from(args) == SamplingParams()
-
-
-def test_a_command_may_set_other_defaults():
-    parser = cli.Parser(prog="test")
-    cli.add_engine_arguments(parser)
-    parser.set_defaults(load_format="dummy")
-    assert cli.engine_config_from(parser.parse_args(["--model", "m"])).load_format == "dummy"
-
-
-@pytest.mark.parametrize(
-    ("argv", "name", "value"),
-    [
-        (["--max-num-seqs", "3"], "max_num_seqs", 3),
-        (["--max-model-len=none"], "max_model_len", None),
-        (["--gpu-memory-utilization", "0.5"], "gpu_memory_utilization", 0.5),
-        (["--no-enable-prefix-caching"], "enable_prefix_caching", False),
-        (["--skip-tokenizer-init"], "skip_tokenizer_init", True),
-        (["--dtype", "bf16"], "dtype", "bfloat16"),
-        (["--hf-overrides", '{"num_hidden_layers": 2}'], "hf_overrides", {"num_hidden_layers": 2}),
-        (["--seed", "7"], "seed", 7),
-    ],
-)
-def test_engine_option(argv, name, value):
-    assert getattr(cli.engine_config_from(parse("--model", "m", *argv)), name) == value
-
-
-@pytest.mark.parametrize(
-    ("argv", "name", "value"),
-    [
-        (["--temperature", "0.5"], "temperature", 0.5),
-        (["--stop", "a", "--stop", "\n"], "stop", ("a", "\n")),
-        (["--stop-token-ids", "1,2"], "stop_token_ids", (1, 2)),
-        (["--max-tokens", "none"], "max_tokens", None),
-        (["--ignore-eos"], "ignore_eos", True),
-        (["--logit-bias", '{"5": -1}'], "logit_bias", {5: -1.0}),
-        (["--top-k", "-1"], "top_k", -1),
-    ],
-)
-def test_sampling_option(argv, name, value):
-    defaults = SamplingParams(temperature=0.25)
-    params = cli.sampling_params_from(parse("--model", "m", *argv), defaults)
-    assert params == dataclasses.replace(defaults, **{name: value})
-
-
-def test_beam_search_options():
-    args = parse(
-        "--model", "m", "--use-beam-search", "--best-of", "4", "--early-stopping", "never", "--length-penalty=2"
-    )
-    expected = SamplingParams(use_beam_search=True, best_of=4, early_stopping="never", length_penalty=2.0)
-    assert cli.sampling_params_from(args) == expected
-    for word, value in (("yes", True), ("no", False)):
-        assert cli.sampling_options_from(parse("--model", "m", "--early-stopping", word)) == {"early_stopping": value}
 
 
 @pytest.mark.parametrize(
@@ -214,7 +137,6 @@ def test_parser_keeps_argparse_types():
 
 def test_without_a_model_the_embedded_one_is_served() -> None:
     from quire import pocket
-    from quire.config import EngineConfig
     from quire.errors import ModelError
 
     try:

@@ -22,6 +22,7 @@ from quire.bench.shapes import SHAPES, write_shape
 from quire.bench.steps import StepWatch
 from quire.config import EngineConfig
 from quire.errors import ConfigError
+from quire.options import add_engine_arguments, engine_config_from
 from quire.outputs import RequestOutput
 from quire.sampling_params import SamplingParams
 
@@ -30,8 +31,6 @@ TIME_SPLIT = ("kernels ms", "gaps ms", "host ms", "launching ms", "launched")
 
 def add_model_arguments(what: argparse._ArgumentGroup, parser: argparse.ArgumentParser) -> None:
     """--shape into the group `what`, and the engine's options."""
-    from quire.cli import add_engine_arguments
-
     what.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead of --model")
     add_engine_arguments(parser, model_required=False)
 
@@ -40,8 +39,6 @@ def add_model_arguments(what: argparse._ArgumentGroup, parser: argparse.Argument
 def chosen_config(args: argparse.Namespace, max_model_len: int) -> Iterator[EngineConfig]:
     """The engine's options, with token ids for prompts; `max_model_len` where the user gives none. A shape's directory lasts as
     long as the context."""
-    from quire.cli import engine_config_from
-
     if bool(args.shape) == bool(args.model):
         raise ConfigError("give either --shape or --model")
     with tempfile.TemporaryDirectory() as directory:

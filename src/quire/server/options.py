@@ -1,4 +1,4 @@
-"""The server's options, validated once and frozen. `cli.py` makes a command-line option of each. Knows no HTTP library."""
+"""The server's options, validated once and frozen. `quire.cli` makes a command-line option of each. Knows no HTTP library."""
 
 from __future__ import annotations
 
