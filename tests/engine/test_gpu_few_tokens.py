@@ -18,7 +18,7 @@ pytestmark = [
 def test_log_probabilities_are_those_without_them(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, enforce_eager: bool
 ) -> None:
-    from quire.kernels.triton.fused import TritonFewTokens
+    from quire.kernels.triton.ops import TritonFewTokens
 
     taken: list[int] = []
     original = TritonFewTokens.takes

@@ -14,7 +14,7 @@ from quire.kernels import gluon
 from quire.kernels.gluon import LinearTile, choose_linear_tile
 from quire.kernels.torch_ops import TorchKernels
 from quire.kernels.triton import linear as triton_linear
-from quire.kernels.triton.fused import TritonKernels
+from quire.kernels.triton.ops import TritonKernels
 
 AVAILABLE = gluon.available(torch.device(DEVICE))
 hopper = [pytest.mark.gpu, pytest.mark.skipif(not AVAILABLE, reason="no Hopper GPU on this machine")]

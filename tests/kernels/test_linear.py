@@ -9,8 +9,8 @@ from linear_support import DEVICE, HAS_CUDA, MARKS, close, on_the_card, random
 
 from quire.kernels.torch_ops import TorchKernels, TorchResidual
 from quire.kernels.triton import linear
-from quire.kernels.triton.fused import TritonKernels, TritonManyTokens
 from quire.kernels.triton.linear import Tile
+from quire.kernels.triton.ops import TritonKernels, TritonManyTokens
 
 pytestmark = MARKS
 

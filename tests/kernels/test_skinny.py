@@ -9,7 +9,7 @@ from linear_support import DEVICE, HAS_CUDA, MARKS, close, on_the_card, random
 
 from quire.kernels.torch_ops import TorchKernels, TorchResidual
 from quire.kernels.triton import dependent, skinny
-from quire.kernels.triton.fused import TritonFewTokens, TritonKernels
+from quire.kernels.triton.ops import TritonFewTokens, TritonKernels
 from quire.kernels.triton.skinny import Tile
 
 pytestmark = MARKS

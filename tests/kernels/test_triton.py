@@ -16,7 +16,7 @@ from triton_interpreter import HAS_CUDA  # isort: skip
 
 from quire.kernels.torch_ops import TorchKernels
 from quire.kernels.triton import blocks, sampling
-from quire.kernels.triton.fused import TritonKernels
+from quire.kernels.triton.ops import TritonKernels
 from quire.sampling import SamplingState
 from quire.sampling.logprobs import gather_logprobs
 from quire.sampling.random import uniform

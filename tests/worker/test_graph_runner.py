@@ -13,7 +13,7 @@ import torch
 from quire import LLM, BeamSearchParams, SamplingParams
 from quire.core.cache_group import CacheGroup
 from quire.core.step import NewRow, SchedulerOutput, TableUpdate
-from quire.kernels.triton.fused import most_few_tokens
+from quire.kernels.triton.ops import most_few_tokens
 from quire.worker.graph_runner import GraphRunner
 from quire.worker.graph_sizes import graph_sizes, mixed_sizes
 from quire.worker.input_batch import InputBatch, PackedInputBatch, Packing, joined_updates

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 def switch_off(parts: list[str]) -> None:
     """For the rest of this process, and before an engine is made, which captures its graphs."""
     if "few" in parts:
-        from quire.kernels.triton.fused import TritonFewTokens
+        from quire.kernels.triton.ops import TritonFewTokens
 
         TritonFewTokens.takes = lambda self, x_TH: False  # type: ignore[method-assign]
     if "pdl" in parts:

@@ -242,7 +242,7 @@ class Problem:
         return self._row([lambda w=w: F.linear(self.x_TH, w) for w in self.weights])
 
     def cublas_with_silu(self) -> dict[str, float]:
-        from quire.kernels.triton.fused import TritonKernels
+        from quire.kernels.triton.ops import TritonKernels
 
         silu_and_mul = TritonKernels().silu_and_mul
         return self._row([lambda w=w: silu_and_mul(F.linear(self.x_TH, w)) for w in self.weights])

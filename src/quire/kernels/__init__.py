@@ -2,7 +2,7 @@
 
 An object of this kind is passed to layers when they are constructed; `select_kernels` makes one for a device. Each
 operation exists in plain torch (`torch_ops.TorchKernels`, any device, the meaning of the operation), for CPUs in C
-(`cpu.CpuKernels`), and for GPUs in Triton (`triton.fused.TritonKernels`). This package knows tensors only; it does not know
+(`cpu.CpuKernels`), and for GPUs in Triton (`triton.ops.TritonKernels`). This package knows tensors only; it does not know
 models, schedulers or backends.
 
 Letters of shapes: T tokens of the step, H hidden size, I intermediate size, N query heads, K key/value heads, D head
@@ -199,7 +199,7 @@ def select_kernels(
     on_cpu = kind == "cpu"
     if prefer == "triton" or (prefer == "auto" and kind == "cuda"):
         try:
-            from quire.kernels.triton.fused import TritonKernels
+            from quire.kernels.triton.ops import TritonKernels
         except ImportError as error:
             if prefer == "triton":
                 raise ConfigError(f"the Triton kernels can't be had: {error}") from error

@@ -39,7 +39,7 @@ _TRUNCATE = int(Use.TRUNCATE)
 
 def graph_sizes(max_num_seqs: int, few: int = 4) -> list[int]:
     """1, 2, 4, then 16 and its doubles up to 64, every 32nd up to 128, every 16th up to 160, every 32nd up to LARGEST, and 208;
-    the last one holds max_num_seqs. few: what of 2 and 4 is more is left out (`fused.most_few_tokens`); in such a model 2 and
+    the last one holds max_num_seqs. few: what of 2 and 4 is more is left out (`ops.most_few_tokens`); in such a model 2 and
     3 entries would take longer than 16 do.
 
     Up to 64 a step takes as long as reading the weights, and linear layers of so many tokens read them faster than those of

@@ -139,7 +139,7 @@ class Worker:
         logger.info("allocated KV memory in %.1f s", time.perf_counter() - began_s)
         self._runner = ModelRunner(self._model, self._attention, inputs, sampling, store)
         if isinstance(inputs, PackedInputBatch):
-            from quire.kernels.triton.fused import most_few_tokens
+            from quire.kernels.triton.ops import most_few_tokens
             from quire.sampling.triton import TritonChooser
             from quire.worker.graph_runner import GraphRunner, graphs_for
 

@@ -1,9 +1,8 @@
 """What a layer does beside its matrix products and attention, in Triton: each kernel reads its inputs once and writes once.
 
-`TritonKernels` is the GPU's `Kernels`; meanings, shapes and dtypes are in `quire.kernels`, the twin of each operation in
-`torch_ops`. Rounding follows the twins step by step: arithmetic is in fp32, and what a twin rounds to the tensors' dtype in
-between is rounded here too. Every operation can be captured in a CUDA graph. Indices are not checked: to learn of one out of
-range the host would have to wait for the device.
+Meanings, shapes and dtypes are in `quire.kernels`, the twin of each operation in `torch_ops`. Rounding follows the twins step
+by step: arithmetic is in fp32, and what a twin rounds to the tensors' dtype in between is rounded here too. Every operation can
+be captured in a CUDA graph. Indices are not checked: to learn of one out of range the host would have to wait for the device.
 
 Does not know attention, nor which sequence a token belongs to.
 """
@@ -13,9 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.kernels import ResidualKernels, gluon
-from quire.kernels.torch_ops import TorchKernels, TorchResidual
-from quire.kernels.triton import blocks, dependent, linear, skinny
+from quire.kernels.triton import dependent
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of each tile of `_heads_kernel`, halves and rest together: with 4 warps, a thread has 16 bytes of each half in bf16.
@@ -255,167 +252,16 @@ def _embed_kernel(id_ptr, table_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl
     tl.store(out_ptr + token * size + at, tl.load(table_ptr + row * size + at, mask=mask), mask=mask)
 
 
-class TritonKernels(TorchKernels):
-    """`Kernels` for GPUs. `attention` is the slow twin's: the attention backend "triton" has kernels of its own."""
-
-    name = "triton"
-
-    def __init__(self) -> None:
-        self._residual = (TritonFewTokens(), TritonManyTokens(self))
-
-    def residual(self, residual_TH: Tensor) -> ResidualKernels | None:
-        return next((kernels for kernels in self._residual if kernels.takes(residual_TH)), None)
-
-    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        return _norm(x_TH, None, weight_H, eps)
-
-    def linear(self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        if linear.takes(x_TH, weight_OH, bias_O):
-            return linear.linear(x_TH, weight_OH, bias_O)
-        return super().linear(x_TH, weight_OH, bias_O)
-
-    def linear_silu_mul(self, x_TH: Tensor, weight_O2H: Tensor, bias_O2: Tensor | None = None) -> Tensor:
-        if gluon.takes_linear(x_TH, weight_O2H, bias_O2, silu=True):
-            from quire.kernels.gluon import linear as gluon_linear  # needs a Triton that has Gluon: `gluon.available`
-
-            return gluon_linear.linear_silu_mul(x_TH, weight_O2H)
-        if linear.takes(x_TH, weight_O2H, bias_O2, silu=True):
-            return linear.linear_silu_mul(x_TH, weight_O2H, bias_O2)
-        return super().linear_silu_mul(x_TH, weight_O2H, bias_O2)
-
-    def linear_pieces(self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        if gluon.takes_linear(x_TH, weight_OH, bias_O):
-            from quire.kernels.gluon import linear as gluon_linear
-
-            return gluon_linear.linear_pieces(x_TH, weight_OH)
-        if linear.takes(x_TH, weight_OH, bias_O, in_pieces=True):
-            return linear.linear_pieces(x_TH, weight_OH)
-        return super().linear_pieces(x_TH, weight_OH, bias_O)
-
-    def add_rms_norm(self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        if x_TH.dim() == 3:
-            if x_TH.dtype is not torch.float32 or x_TH.shape[1:] != residual_TH.shape or not x_TH.is_contiguous():
-                raise ValueError(f"pieces must be contiguous fp32 of residual's shape each: {_describe(x_TH)}")
-            return _norm(x_TH, residual_TH, weight_H, eps)
-        if residual_TH.shape != x_TH.shape or residual_TH.dtype is not x_TH.dtype or not residual_TH.is_contiguous():
-            raise ValueError("residual must be contiguous and of x's shape and dtype")
-        return _norm(x_TH, residual_TH, weight_H, eps)
-
-    def rotary_(self, q_TND: Tensor, k_TKD: Tensor, cos_sin_PR: Tensor, positions_T: Tensor) -> None:
-        _heads(q_TND, k_TKD, None, rotary=(cos_sin_PR, positions_T))
-
-    def write_kv(self, k_TKD: Tensor, v_TKD: Tensor, kv_B2KSD: Tensor, slots_T: Tensor) -> None:
-        _heads(None, k_TKD, v_TKD, cache=(kv_B2KSD, slots_T))
-
-    def norm_rotary_write(
-        self,
-        q_TND: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        kv_B2KSD: Tensor,
-        slots_T: Tensor,
-        *,
-        norm: tuple[Tensor, Tensor, float] | None = None,
-        rotary: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        _heads(q_TND, k_TKD, v_TKD, norm=norm, rotary=rotary, cache=(kv_B2KSD, slots_T))
-
-    def silu_and_mul(self, gate_up_TI2: Tensor) -> Tensor:
-        _check(gate_up_TI2)
-        num_tokens, size = gate_up_TI2.shape
-        if size % 2 or gate_up_TI2.stride(1) != 1:
-            raise ValueError(f"gate_up must be [T, 2 I] with a contiguous last dimension: {_describe(gate_up_TI2)}")
-        size //= 2
-        out_TI = gate_up_TI2.new_empty((num_tokens, size))
-        if num_tokens:
-            block = min(1024, triton.next_power_of_2(size))
-            _silu_and_mul_kernel[(num_tokens * triton.cdiv(size, block),)](
-                gate_up_TI2, out_TI, gate_up_TI2.stride(0), size, BLOCK=block, num_warps=4,
-                **dependent.options(out_TI.device),
-            )  # fmt: skip
-        return out_TI
-
-    def embed(self, ids_T: Tensor, table_VH: Tensor) -> Tensor:
-        _check(table_VH)
-        if not table_VH.is_contiguous() or not ids_T.is_contiguous():
-            raise ValueError(f"the table and the ids must be contiguous: {_describe(table_VH)}, {_describe(ids_T)}")
-        num_tokens, size = len(ids_T), table_VH.shape[1]
-        out_TH = table_VH.new_empty((num_tokens, size))
-        if num_tokens:
-            block = min(1024, triton.next_power_of_2(size))
-            grid = (num_tokens, triton.cdiv(size, block))
-            _embed_kernel[grid](
-                ids_T, table_VH, out_TH, size, BLOCK=block, num_warps=4, **dependent.options(out_TH.device)
-            )
-        return out_TH
-
-    def copy_blocks(self, kv: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
-        blocks.swap_blocks(kv, kv, src_ids, dst_ids)
-
-    def swap_blocks(self, src_pool: Tensor, dst_pool: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
-        blocks.swap_blocks(src_pool, dst_pool, src_ids, dst_ids)
-
-
-SMALL = 2048  # hidden size
-
-
-def most_few_tokens(hidden_size: int) -> int:
-    """Of a step whose linear layers are `TritonFewTokens`'s. Measured on an H200, the matrix units' way (`linear`) is as fast
-    from 2 tokens on, and from 5 for small models, whose time is in the launches; it is for 16 tokens or more."""
-    return 4 if hidden_size <= SMALL else 1
-
-
-class TritonFewTokens:
-    """`ResidualKernels` for few tokens on GPUs, from `skinny`. Does not see a CPU's tensors: those would be interpreted."""
-
-    def takes(self, x_TH: Tensor) -> bool:
-        """Whether this is the way for x, by its device, dtype and number of tokens."""
-        return x_TH.is_cuda and x_TH.dtype in skinny.DTYPES and 0 < len(x_TH) <= most_few_tokens(x_TH.shape[1])
-
-    def linear(
-        self, x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None, *, norm: tuple[Tensor, float] | None = None
-    ) -> Tensor:
-        return skinny.linear(x_TH, weight_OH, bias_O, norm=norm)
-
-    def linear_silu_mul(
-        self,
-        x_TH: Tensor,
-        weight_O2H: Tensor,
-        bias_O2: Tensor | None = None,
-        *,
-        norm: tuple[Tensor, float] | None = None,
-    ) -> Tensor:
-        return skinny.linear_silu_mul(x_TH, weight_O2H, bias_O2, norm=norm)
-
-    def linear_add_(
-        self, x_TH: Tensor, weight_OH: Tensor, residual_TO: Tensor, bias_O: Tensor | None = None
-    ) -> None:  # fmt: skip
-        skinny.linear_add_(x_TH, weight_OH, residual_TO, bias_O)
-
-
-class TritonManyTokens(TorchResidual):
-    """`ResidualKernels` for many tokens on GPUs: cuBLAS's products add to the residual as they write.
-
-    A norm that does not add reads and writes half as much. On an H200, of 67 us for 8,192 tokens of hidden size 4,096 that
-    saves 34, and a product takes 10 longer at most. A bias is added apart, so that nothing is saved there.
-    """
-
-    def takes(self, x_TH: Tensor) -> bool:
-        """Whether this is the way for x."""
-        return x_TH.is_cuda and x_TH.dtype in skinny.DTYPES and len(x_TH) > linear.MANY
-
-    def linear_add_(
-        self, x_TH: Tensor, weight_OH: Tensor, residual_TO: Tensor, bias_O: Tensor | None = None
-    ) -> None:  # fmt: skip
-        if bias_O is None:
-            residual_TO.addmm_(x_TH, weight_OH.t())
-        else:
-            super().linear_add_(x_TH, weight_OH, residual_TO, bias_O)
-
-
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """With a residual, x may be fp32 pieces of it."""
+def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """With a residual it is `Kernels.add_rms_norm`, and x may be in pieces."""
     in_pieces = residual is not None and x.dim() == 3
+    if in_pieces:
+        if x.dtype is not torch.float32 or x.shape[1:] != residual.shape or not x.is_contiguous():
+            raise ValueError(f"pieces must be contiguous fp32 of residual's shape each: {_describe(x)}")
+    elif residual is not None and (
+        residual.shape != x.shape or residual.dtype is not x.dtype or not residual.is_contiguous()
+    ):
+        raise ValueError("residual must be contiguous and of x's shape and dtype")
     like = residual if in_pieces else x
     _check(like)
     *outer, size = like.shape
@@ -437,7 +283,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Ten
     return out
 
 
-def _heads(
+def norm_rotary_write(
     q_TND: Tensor | None,
     k_TKD: Tensor,
     v_TKD: Tensor | None,
@@ -446,7 +292,8 @@ def _heads(
     rotary: tuple[Tensor, Tensor] | None = None,
     cache: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Launches `_heads_kernel`. norm: weights of q and of k, and eps. rotary: cos_sin and positions. cache: kv and slots."""
+    """Each as far as it is asked for. norm: weights of q and of k, and eps. rotary: cos_sin and positions. cache: kv and
+    slots."""
     _check(k_TKD)
     num_tokens, kv_heads, size = k_TKD.shape
     for x in (q_TND, k_TKD, v_TKD):
@@ -489,6 +336,35 @@ def _heads(
         HALF_BLOCK=triton.next_power_of_2(half), REST_BLOCK=triton.next_power_of_2(max(1, size - 2 * half)),
         num_warps=4, **dependent.options(k_TKD.device),
     )  # fmt: skip
+
+
+def silu_and_mul(gate_up_TI2: Tensor) -> Tensor:
+    _check(gate_up_TI2)
+    num_tokens, size = gate_up_TI2.shape
+    if size % 2 or gate_up_TI2.stride(1) != 1:
+        raise ValueError(f"gate_up must be [T, 2 I] with a contiguous last dimension: {_describe(gate_up_TI2)}")
+    size //= 2
+    out_TI = gate_up_TI2.new_empty((num_tokens, size))
+    if num_tokens:
+        block = min(1024, triton.next_power_of_2(size))
+        _silu_and_mul_kernel[(num_tokens * triton.cdiv(size, block),)](
+            gate_up_TI2, out_TI, gate_up_TI2.stride(0), size, BLOCK=block, num_warps=4,
+            **dependent.options(out_TI.device),
+        )  # fmt: skip
+    return out_TI
+
+
+def embed(ids_T: Tensor, table_VH: Tensor) -> Tensor:
+    _check(table_VH)
+    if not table_VH.is_contiguous() or not ids_T.is_contiguous():
+        raise ValueError(f"the table and the ids must be contiguous: {_describe(table_VH)}, {_describe(ids_T)}")
+    num_tokens, size = len(ids_T), table_VH.shape[1]
+    out_TH = table_VH.new_empty((num_tokens, size))
+    if num_tokens:
+        block = min(1024, triton.next_power_of_2(size))
+        grid = (num_tokens, triton.cdiv(size, block))
+        _embed_kernel[grid](ids_T, table_VH, out_TH, size, BLOCK=block, num_warps=4, **dependent.options(out_TH.device))
+    return out_TH
 
 
 def _check(x: Tensor) -> None:

@@ -35,7 +35,7 @@ MAX_TOKENS = 256
 """`takes` is for no more than 128; beyond, this is what Gluon's (`quire.kernels.gluon.linear`) are compared with."""
 MAX_PIECES = 8
 MANY = 1024
-"""Tokens beyond which products add to the residual (`fused.TritonManyTokens`), and those with SiLU x up have one tile
+"""Tokens beyond which products add to the residual (`ops.TritonManyTokens`), and those with SiLU x up have one tile
 (`kernels.gluon.choose_linear_tile`)."""
 DTYPES = (torch.bfloat16, torch.float16)
 SMALL = 2**23

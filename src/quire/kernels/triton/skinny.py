@@ -13,7 +13,7 @@ Rounding is that of the operations one by one (`torch_ops`): arithmetic and sums
 tensors' dtype in between is rounded here too; only the order of the sums is another.
 
 Letters of shapes: T tokens, H inputs, O outputs (or pairs of gate and up); in the kernel R outputs of a program, G groups
-of inputs. Does not know models, nor when these operations are the right ones (`fused.TritonFewTokens.takes` does).
+of inputs. Does not know models, nor when these operations are the right ones (`ops.TritonFewTokens.takes` does).
 """
 
 from dataclasses import dataclass
