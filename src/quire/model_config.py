@@ -1,25 +1,24 @@
 """What a model is: a Hugging Face directory's config.json read into a frozen, checked `ModelConfig`.
 
-    >>> directory = resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct")      # or a local directory
+    >>> directory = resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct")      # of `quire.hub`
     >>> config = load_model_config(directory)
     >>> config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim
     (30, 9, 3, 64)
 
-Every value in the file is taken for hostile: its type and its range are checked here, once, with a message that names
-the key, so that no other module has to. Where the file is silent, the defaults are those of transformers. Code that a
-repository ships is never run.
+Every value in the file is taken for hostile: its type and its range are checked here, once, with a message that names the key
+(`config_values`), so that no other module has to. Where the file is silent, the defaults are those of transformers. Code that
+a repository ships is never run.
 
 This module knows no torch and no transformers, opens no weight file, and does not know how a model computes.
 """
 
 import json
-import re
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from quire.config_values import Values
 from quire.errors import ConfigError, ModelError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -153,69 +152,7 @@ class ModelConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Finding and reading a model directory
-
-
-def resolve_model(
-    model: str,
-    revision: str | None = None,
-    *,
-    download_dir: str | Path | None = None,
-    config_only: bool = False,
-) -> Path:
-    """The local directory of `model`: a directory's path, or a name on the Hugging Face hub, which is downloaded.
-
-    Only weights (safetensors), JSON and tokenizer files at the repository's top are fetched; `config_only` leaves the
-    weights out. `revision` is a branch, a tag or a commit, for hub names only. The hub's own environment
-    variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE) are honoured. The directory of a hub model is named by its commit.
-
-    Raises ModelError if there is neither such a directory nor such a repository, or if it holds no config.json.
-    """
-    path = Path(model).expanduser()
-    if not model or not path.is_dir():  # an empty Path would be the working directory
-        if path.is_file():
-            raise ModelError(f"{model!r} is a file; give the directory that holds config.json and the weights.")
-        is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", model)
-        if not is_hub_name:
-            raise ModelError(f"There is no directory {model!r}, and it is not a name on the hub ('owner/name') either.")
-        path = _download(model, revision, download_dir, config_only)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json; a model directory in Hugging Face's form has one.")
-    return path
-
-
-def _download(repo_id: str, revision: str | None, download_dir: str | Path | None, config_only: bool) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    wanted = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
-    at = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
-    try:
-        directory = huggingface_hub.snapshot_download(
-            repo_id,
-            revision=revision,
-            cache_dir=download_dir,
-            allow_patterns=wanted if config_only else [*wanted, "*.safetensors"],
-            # Subfolders hold other formats, and consolidated*.safetensors the same weights under other names.
-            ignore_patterns=["*/*", "consolidated*.safetensors"],
-        )
-    except errors.GatedRepoError as error:
-        raise ModelError(f"{repo_id!r} is gated: ask for access on its page, then set HF_TOKEN.") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"There is no local directory {repo_id!r}, and the hub knows no such repository (if it is private, set "
-            "HF_TOKEN)."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"The hub has {repo_id!r}, but not at revision {revision!r}.") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"There is no local directory {repo_id!r}; {at} is not in the local cache and the hub cannot be reached "
-            "(offline, or HF_HUB_OFFLINE is set). Give the path of a local model directory, or go online once."
-        ) from error
-    except Exception as error:  # the client raises its HTTP library's own types, which change between its versions
-        raise ModelError(f"Downloading {at} failed: {type(error).__name__}: {error}") from error
-    return Path(directory)
+# Reading
 
 
 def load_model_config(directory: str | Path, hf_overrides: Mapping[str, object] | None = None) -> ModelConfig:
@@ -248,83 +185,6 @@ def _read_json_object(path: Path) -> dict[str, object]:
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checking values
-
-
-@dataclass(frozen=True)
-class _Values:
-    """A JSON object whose values are read one by one, each with a check; messages name the key."""
-
-    values: Mapping[str, object]
-    where: str = ""
-
-    def error(self, key: str, wanted: str) -> ModelError:
-        # reprlib: a hostile value may be long or deep
-        return ModelError(f"config: {self.where}{key} must be {wanted}, but is {reprlib.repr(self.values.get(key))}.")
-
-    def has(self, key: str) -> bool:
-        """Whether the key is there and not null: Hugging Face writes null for "not set"."""
-        return self.values.get(key) is not None
-
-    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        if value is None:
-            raise ModelError(f"config: {self.where}{key} is missing.")
-        # bool is an int to Python, and to no one else
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise self.error(key, f"an integer from {low} to {high}")
-        return value
-
-    def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        if value is None:
-            raise ModelError(f"config: {self.where}{key} is missing.")
-        # The comparison also refuses NaN and, `high` being finite, infinity and integers too large for a float.
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-            raise self.error(key, f"a number from {low:g} to {high:g}")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(key, "true or false")
-        return value
-
-    def string(self, key: str, default: str) -> str:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            raise self.error(key, "a string")
-        return value
-
-    def strings(self, key: str) -> tuple[str, ...]:
-        value = self.values.get(key)
-        if value is None:
-            return ()
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(key, "a list of strings")
-        return tuple(value)
-
-    def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
-        """One id or a list of ids; () if the key is absent or null."""
-        value = self.values.get(key)
-        if value is None:
-            return ()
-        ids = value if isinstance(value, list) else [value]
-        for token_id in ids:
-            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
-                raise self.error(key, f"a token id below vocab_size {vocab_size}, or a list of such ids")
-        return tuple(dict.fromkeys(ids))
-
-
 def parse_model_config(
     config: Mapping[str, object],
     generation: Mapping[str, object] | None = None,
@@ -344,7 +204,7 @@ def parse_model_config(
         raise ModelError(f"config: model_type {model_type!r} is not supported. Supported: {supported}.")
     if merged.get("quantization_config"):
         raise ModelError("config: quantization_config is set, but Quire loads only unquantized weights.")
-    raw = _Values({**_DEFAULTS[model_type], **merged})
+    raw = Values({**_DEFAULTS[model_type], **merged})
 
     hidden_size = raw.integer("hidden_size", 1, MAX_WIDTH)
     num_layers = raw.integer("num_hidden_layers", 1, MAX_LAYERS)
@@ -371,7 +231,7 @@ def parse_model_config(
     layer_ropes = _layer_ropes(raw, model_type, num_layers)
     bos = raw.token_ids("bos_token_id", vocab_size)
     own_eos = raw.token_ids("eos_token_id", vocab_size)
-    generation_eos = _Values(generation, "generation_config's ").token_ids("eos_token_id", vocab_size)
+    generation_eos = Values(generation, "generation_config's ").token_ids("eos_token_id", vocab_size)
     return ModelConfig(
         model_type=model_type,
         architectures=raw.strings("architectures"),
@@ -385,7 +245,7 @@ def parse_model_config(
         max_position_embeddings=max_position_embeddings,
         rms_norm_eps=raw.number("rms_norm_eps", 0.0, 1.0, default=1e-6),
         rope=_rope_config(
-            {**_rope_mapping(_Values({**_DEFAULTS[model_type], **config})), **_rope_mapping(_Values(overrides))},
+            {**_rope_mapping(Values({**_DEFAULTS[model_type], **config})), **_rope_mapping(Values(overrides))},
             head_dim,
             max_position_embeddings,
         ),
@@ -414,7 +274,7 @@ def _merge(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, 
     return merged
 
 
-def _dtype(raw: _Values) -> str | None:
+def _dtype(raw: Values) -> str | None:
     """transformers 5 writes `dtype`, older ones `torch_dtype`; some files say "torch.bfloat16"."""
     for key in ("dtype", "torch_dtype"):
         if raw.has(key):
@@ -425,7 +285,7 @@ def _dtype(raw: _Values) -> str | None:
     return None
 
 
-def _layer_windows(raw: _Values, model_type: str, layer_ropes: tuple[bool, ...]) -> tuple[int | None, ...]:
+def _layer_windows(raw: Values, model_type: str, layer_ropes: tuple[bool, ...]) -> tuple[int | None, ...]:
     """Each layer's sliding window.
 
     Mistral's holds for all layers. The others have one only if use_sliding_window says so, on the layers that
@@ -453,7 +313,7 @@ def _layer_windows(raw: _Values, model_type: str, layer_ropes: tuple[bool, ...])
     return tuple(window if i >= first else None for i in range(num_layers))
 
 
-def _layer_ropes(raw: _Values, model_type: str, num_layers: int) -> tuple[bool, ...]:
+def _layer_ropes(raw: Values, model_type: str, num_layers: int) -> tuple[bool, ...]:
     """Which layers have positions: all, but for SmolLM3, whose `no_rope_layers` holds a 1 where a layer *has* rope."""
     if model_type != "smollm3":
         return (True,) * num_layers
@@ -466,7 +326,7 @@ def _layer_ropes(raw: _Values, model_type: str, num_layers: int) -> tuple[bool, 
     return tuple(bool(flag) for flag in flags[:num_layers])
 
 
-def _rope_mapping(raw: _Values) -> dict[str, object]:
+def _rope_mapping(raw: Values) -> dict[str, object]:
     """The rope keys of a config, of whichever generation, in the one flat form {rope_type, rope_theta, factor, ...}.
 
         old   {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -498,7 +358,7 @@ def _rope_mapping(raw: _Values) -> dict[str, object]:
 
 
 def _rope_config(rope: Mapping[str, object], head_dim: int, max_position_embeddings: int) -> RopeConfig:
-    raw = _Values(rope, "rope_parameters / rope_scaling: ")
+    raw = Values(rope, "rope_parameters / rope_scaling: ")
     rope_type = raw.string("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         raise raw.error("rope_type", f"one of {', '.join(ROPE_TYPES)}")

@@ -197,7 +197,8 @@ def without_prefix_cache(config: EngineConfig) -> EngineConfig:
 
 
 def _model_config(config: EngineConfig) -> Any:
-    from quire.model_config import load_model_config, resolve_model
+    from quire.hub import resolve_model
+    from quire.model_config import load_model_config
 
     directory = resolve_model(config.model, revision=config.revision, config_only=config.load_format == "dummy")
     return load_model_config(directory, config.hf_overrides)

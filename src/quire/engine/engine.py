@@ -39,7 +39,8 @@ from quire.engine.output import BeamState, RequestState, request_state
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import ConfigError, RequestError
 from quire.executor.base import Executor, create_executor
-from quire.model_config import ModelConfig, load_model_config, resolve_model
+from quire.hub import resolve_model
+from quire.model_config import ModelConfig, load_model_config
 from quire.outputs import RequestOutput
 from quire.sampling_params import SamplingParams
 
