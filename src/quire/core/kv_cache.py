@@ -192,8 +192,9 @@ class KVCacheManager:
     def _set_row(self, g: int, row: int, blocks: Sequence[int], first_block: int = 0) -> None:
         """The whole table of a row that has none: its entries from `first_block` on."""
         count = len(blocks)
-        columns = np.arange(first_block, first_block + count, dtype=np.int32)
-        self._set(g, np.full(count, row, dtype=np.int32), columns, np.asarray(blocks, dtype=np.int32))
+        if count:
+            columns = np.arange(first_block, first_block + count, dtype=np.int32)
+            self._set(g, np.full(count, row, dtype=np.int32), columns, np.asarray(blocks, dtype=np.int32))
         self.num_blocks[g][row] = first_block + count
         self.first_block[g][row] = first_block
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.sampling.transfer import to_device
 from quire.sampling_params import SamplingParams
 
 
@@ -124,7 +123,8 @@ class SamplingState:
             params.presence_penalty,
             prompt_len,
         ]
-        self.params_RC[row] = to_device(np.array(of_row, np.float32), self.device)
+        host = torch.tensor(of_row, dtype=torch.float32, pin_memory=self.device.type == "cuda")
+        self.params_RC[row].copy_(host, non_blocking=True)
         self.seed_R[row] = seed & 0xFFFFFFFFFFFFFFFF
         self.branch_R[row] = branch
         self.prompt_len_R[row] = prompt_len
