@@ -42,6 +42,7 @@ from quire.core.transfers import Transfers
 from quire.core.victims import facts_of, over_its_share
 
 ROW_DTYPE = np.intp  # what indexes; messages to the worker are int32
+_NOBODY = np.zeros(0, ROW_DTYPE), np.zeros(0, np.int32), np.zeros(0, np.int32)
 ARRIVAL_GAP = 1 << 20  # numbers between two arrivals, for the groups that are forked from the first
 
 
@@ -204,15 +205,15 @@ class Scheduler:
             return None
         self._forks.run()
         next_in = self._budget.next_in = self._displace() if self.counters.num_clients > 1 else None
-        rows = self.batch.rows_in_order()
-        counts = self._budget.share(rows)
-        rows, counts, plan, was_short = self._make_room(rows, counts)
-        self._commit(plan)
-        starts = plan.starts
-        self._charge(rows, starts, starts + counts)
-        parts = [(rows, starts, counts)]
+        parts, budget, was_short = [], self.max_num_batched_tokens, False
+        if len(rows := self.batch.rows_in_order()):
+            rows, counts, plan, was_short = self._make_room(rows, self._budget.share(rows))
+            self._commit(plan)
+            self._charge(rows, plan.starts, plan.starts + counts)
+            parts = [(rows, plan.starts, counts)]
+            budget = self._budget.total - int(np.add.reduce(counts))
         if not was_short:
-            parts += self._admit(self._budget.total - int(np.add.reduce(counts)))
+            parts += self._admit(budget)
         self._held_in_vain = next_in[0] if next_in and self._queue.first() is next_in[0] else None
         return self._emit(parts)
 
@@ -315,8 +316,9 @@ class Scheduler:
                 self._transfers.back(group)
             else:
                 part = self._start(group, verdict.hit, budget)
-                budget -= int(part[2].sum())
-                parts.append(part)
+                if count := int(part[2][0]):
+                    budget -= count
+                    parts.append(part)
         return parts
 
     def _displace(self) -> tuple[RequestGroup, int] | None:
@@ -400,12 +402,10 @@ class Scheduler:
     # -- hand a step over ----------------------------------------------------------------------------------------------
     def _emit(self, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> SchedulerOutput | None:
         batch = self.batch
-        if len(parts) == 1:
-            rows, starts, counts = parts[0]
+        if len(parts) < 2:
+            rows, starts, counts = parts[0] if parts else _NOBODY
         else:
             rows, starts, counts = (np.concatenate(column) for column in zip(*parts))
-            kept = counts > 0
-            rows, starts, counts = rows[kept], starts[kept], counts[kept]
         is_polling = self.kv.has_transfers and not self._in_flight
         if not len(rows) and not self._transfers.are_ordered and not is_polling:
             return None
