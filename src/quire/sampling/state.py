@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.sampling.transfer import write
 from quire.sampling_params import SamplingParams
 
 
@@ -123,8 +124,7 @@ class SamplingState:
             params.presence_penalty,
             prompt_len,
         ]
-        host = torch.tensor(of_row, dtype=torch.float32, pin_memory=self.device.type == "cuda")
-        self.params_RC[row].copy_(host, non_blocking=True)
+        write(of_row, self.params_RC[row])
         self.seed_R[row] = seed & 0xFFFFFFFFFFFFFFFF
         self.branch_R[row] = branch
         self.prompt_len_R[row] = prompt_len

@@ -7,7 +7,7 @@ longer than the copy. What every step sends and gets therefore has buffers of it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +19,11 @@ def to_device(values: np.ndarray, device: torch.device) -> Tensor:
     """The same numbers on the device, ordered before whatever the current stream runs next."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def write(values: np.ndarray | Sequence[float], target: Tensor) -> None:
+    """Puts the numbers where they belong on the device, likewise."""
+    target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda), non_blocking=True)
 
 
 class Event(Protocol):

@@ -21,7 +21,7 @@ from torch import Tensor
 from quire.attention.base import AttentionBatch
 from quire.core.cache_group import CacheGroup
 from quire.core.step import NewRow, SchedulerOutput, TableUpdate
-from quire.sampling.transfer import to_device
+from quire.sampling.transfer import to_device, write
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class InputBatch:
         """Takes new rows and changed table entries."""
         for new in step.new_rows:
             self.rows[new.row] = new
-            self.token_ids_RL[new.row, : len(new.token_ids)] = torch.from_numpy(new.token_ids).to(self.device)
+            write(new.token_ids, self.token_ids_RL[new.row, : len(new.token_ids)])
         for table_RB, updates in zip(self.tables_RB, step.table_updates):
             for update in updates:
                 rows, columns = self._index(update.rows), self._index(update.columns)
@@ -150,10 +150,7 @@ class PackedInputBatch(InputBatch):
         """Takes new rows. Changed table entries wait for `lay_out`, unless there is nothing to lay out."""
         for new in step.new_rows:
             self.rows[new.row] = new
-            known = len(new.token_ids)
-            host = pinned_words(known, self.device)
-            host.numpy()[:] = new.token_ids
-            self.token_ids_RL[new.row, :known].copy_(host, non_blocking=True)
+            write(new.token_ids, self.token_ids_RL[new.row, : len(new.token_ids)])
         if not len(step.rows):
             for g, updates_3U in enumerate(self.updates(step)):
                 self.send_updates(g, updates_3U)
