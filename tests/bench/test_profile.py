@@ -100,6 +100,14 @@ def test_the_typical_step_is_the_median_of_the_way_that_took_most() -> None:
     assert typical(steps, {"decode graph": 1.0, "eager": 9.0}).duration_us == 500
 
 
+def test_a_step_whose_host_was_not_recorded_to_its_end_is_not_typical() -> None:
+    steps = steps_of(30, 10, 20)
+    for step in steps[:2]:
+        step.host = [Span("plan", 101.0, 102.0), Span("wait", 102.0, 103.0)]
+    steps[2].host = [Span("wait", 101.0, 102.0), Span("wait", 102.0, 103.0)]
+    assert typical(steps, {}).duration_us == 30
+
+
 @pytest.mark.parametrize(
     ("kernel", "kind"),
     [

@@ -382,7 +382,10 @@ def short_name(kernel: str) -> str:
 
 
 def typical(steps: Sequence[RecordedStep], seconds_by_way: dict[str, float]) -> RecordedStep:
-    """Of the way that most time went to, the recorded step of median duration."""
+    """Of the way that most time went to, the recorded step of median duration: of those that have all of the host's phases,
+    for a recording ends before the last steps do."""
     way = max({step.way for step in steps}, key=lambda way: seconds_by_way.get(way, 0.0))
-    same = sorted((step for step in steps if step.way == way), key=lambda step: step.duration_us)
-    return same[len(same) // 2]
+    same = [step for step in steps if step.way == way]
+    phases = [len({span.name for span in step.host}) for step in same]
+    whole = [step for step, count in zip(same, phases) if count == max(phases)]
+    return sorted(whole, key=lambda step: step.duration_us)[len(whole) // 2]
