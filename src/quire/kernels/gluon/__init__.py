@@ -29,8 +29,8 @@ MAX_TOKENS_AT_ONCE = 192
 PAIRS_OF_SEVERAL = (64, 112, 128)
 """Gate and up of a program then."""
 LEAST_SHARE = 0.64
-"""See `takes_linear`. The kernel was faster than cuBLAS and SiLU with 0.646 and more; with 0.63 and less it was as fast or
-slower, but for 208 and 224 tokens of a small layer (by 2 and 4 %)."""
+"""See `takes_linear`. The kernel was as fast as cuBLAS and SiLU, or faster, with 0.646 and more; with 0.63 and less it was as
+fast or slower, but for 208 and 224 tokens of a small layer (by 2 and 4 %)."""
 
 
 @dataclass(frozen=True)
