@@ -23,7 +23,9 @@ def to_device(values: np.ndarray, device: torch.device) -> Tensor:
 
 def write(values: np.ndarray | Sequence[float], target: Tensor) -> None:
     """Puts the numbers where they belong on the device, likewise."""
-    target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda), non_blocking=True)
+    host = torch.empty(len(values), dtype=target.dtype, pin_memory=target.is_cuda)
+    host.numpy()[:] = values
+    target.copy_(host, non_blocking=True)
 
 
 class Event(Protocol):
