@@ -64,6 +64,11 @@ class PagedModel:
 
     def step(self, chunks):
         """`chunks`: {sequence row: its next token ids} -> {row: logits [its tokens, V]}."""
+        lengths = [len(ids) for ids in chunks.values()]
+        return dict(zip(chunks, self.flat_step(chunks).split(lengths)))
+
+    def flat_step(self, chunks, wanted=None):
+        """The same, all tokens in a row, or those at the places `wanted`: logits [M, V]."""
         rows, lengths = list(chunks), [len(ids) for ids in chunks.values()]
         starts = [self.seq_lens[row] for row in rows]
         positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths)])
@@ -81,11 +86,12 @@ class PagedModel:
                 plans[layer], kv[layer] = plan, pool[:, i]
         input_ids = torch.tensor([token for ids in chunks.values() for token in ids])
         with torch.inference_mode():
-            hidden = self.model(input_ids, positions, ForwardContext(plans, kv))
+            wanted_M = None if wanted is None else torch.tensor(wanted, dtype=torch.int64)
+            hidden = self.model(input_ids, positions, ForwardContext(plans, kv, wanted_M))
             logits = self.model.compute_logits(hidden)
         for row, length in zip(rows, lengths):
             self.seq_lens[row] += length
-        return dict(zip(rows, logits.split(lengths)))
+        return logits
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,8 +4,9 @@
 
 Weights are those of the linear layers, and of the output head if the step samples; the input embedding isn't read. Operations
 are those of the linear layers for each token, of the head for each *sampled* position, and of attention: 4 for each query
-head, element of a head, query and key that it sees (two products, a multiplication and an addition each). Keys and values are
-read once a step by each sequence. Norms, biases and activations, well under 1 % of either, are left out.
+head, element of a head, query and key that it sees (two products, a multiplication and an addition each). In the last layer,
+tokens that nothing is drawn from need keys and values alone. Keys and values are read once a step by each sequence. Norms,
+biases, activations and the last layer's attention, well under 1 % of either, are left out.
 
 Both rates are ceilings measured in the same run, so that a share of the floor means the same on any machine. It can be above 1
 on a CPU whose caches hold the model: the read rate is the memory's.
@@ -99,12 +100,16 @@ class ModelWork:
 
         num_samples: rows of the head's product; samples of one entry share one.
         """
-        linear = 2 * (self.layer_weights * int(num_tokens.sum()) + self.head_weights * num_samples)
+        model, total = self.model, int(num_tokens.sum())
+        of_layer = self.layer_weights // model.num_layers
+        kv_alone = 2 * model.num_kv_heads * model.head_dim * model.hidden_size
+        linear = self.layer_weights * total + self.head_weights * num_samples
+        linear -= (of_layer - kv_alone) * max(0, total - num_samples)
         pairs = sum(
             layers * int(_pairs(starts, num_tokens, window).sum())
-            for window, layers in Counter(self.model.layer_windows).items()
+            for window, layers in Counter(model.layer_windows[:-1]).items()
         )
-        return linear + 4 * self.model.num_heads * self.model.head_dim * pairs
+        return 2 * linear + 4 * model.num_heads * model.head_dim * pairs
 
     def kv_bytes(self, starts: np.ndarray, num_tokens: np.ndarray) -> int:
         """Keys and values that the entries' queries see, this step's own included, each once."""

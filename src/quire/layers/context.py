@@ -38,7 +38,10 @@ class ForwardContext:
 
     `plans[i]` is the backend's plan for layer i's cache group; layers of one group share one plan object.
     `kv[i]` is layer i's view of the pool, [num_blocks, 2, kv_heads, block_size, head_size], written in place.
+    `wanted_M`, int32 or int64, are the tokens whose hidden states the step is for, by their places in the batch (None: all): of
+    the others the last layer's keys and values are all that anybody will read.
     """
 
     plans: "Sequence[Plan]"
     kv: Sequence[Tensor]
+    wanted_M: Tensor | None = None

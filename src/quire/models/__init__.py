@@ -29,7 +29,7 @@ _MODEL_CLASSES: Mapping[str, tuple[str, str]] = MappingProxyType(
 def build_model(config: ModelConfig, build: "BuildContext") -> "LlamaForCausalLM":
     """The model of `config`, its weights uninitialised on build.device in build.dtype.
 
-    It has `forward(input_ids_T, positions_T, ctx) -> hidden_TH`, `compute_logits(hidden_MH) -> logits_MV` and
+    It has `forward(input_ids_T, positions_T, ctx) -> hidden_MH`, `compute_logits(hidden_MH) -> logits_MV` and
     `attention_specs`; `quire.worker.weights.load_weights` fills it.
 
     Raises ModelError for an unknown model_type, ConfigError if the shapes cannot be shared by the parallel group.

@@ -3,10 +3,11 @@
     tokens -> embedding -> [ norm -> attention -> + -> norm -> MLP -> + ] x num_layers -> norm -> (head -> logits)
 
 The tokens of all sequences of a step come as one flat batch, prefill and decode mixed; only attention, through the
-step's context, knows which sequence a token belongs to. Names of modules are those of Hugging Face's checkpoints.
+step's context, knows which sequence a token belongs to. In the last layer, those that nothing is drawn from end with
+attention. Names of modules are those of Hugging Face's checkpoints.
 
-Shapes: T tokens, M rows whose logits are wanted, H hidden size, N query heads, K KV heads, D head size, I intermediate
-size, V vocabulary; N, K and I are this rank's share.
+Shapes: T tokens, M of them whose hidden states are wanted, H hidden size, N query heads, K KV heads, D head size, I
+intermediate size, V vocabulary; N, K and I are this rank's share.
 """
 
 from torch import Tensor, nn
@@ -41,19 +42,9 @@ class LlamaAttention(nn.Module):
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, build) if config.qk_norm else None
         self.rotary = rotary
 
-    def forward(self, x_TH: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
-        """[T, H] -> [T, H], or pieces of it, [P, T, H]"""
-        return self.o_proj.pieces(self._attend(self.qkv_proj(x_TH), positions_T, ctx))
-
-    def add_to(
-        self, kernels: ResidualKernels, residual_TH: Tensor, norm: RMSNorm, positions_T: Tensor, ctx: ForwardContext
-    ) -> None:
-        """residual += forward(norm(residual)), in place."""
-        qkv_TO = self.qkv_proj.normed(kernels, residual_TH, norm)
-        self.o_proj.add_to(kernels, residual_TH, self._attend(qkv_TO, positions_T, ctx))
-
-    def _attend(self, qkv_TO: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
-        """From q, k and v of all heads, side by side, to what attention gives: [T, N D]."""
+    def forward(self, qkv_TO: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
+        """From q, k and v of all heads, side by side, to what attention gives: [T, N D]. The projections around it are the
+        layer's to call."""
         num_tokens = qkv_TO.shape[0]
         q, k, v = qkv_TO.split(list(self.qkv_proj.piece_sizes.values()), dim=-1)
         q_TND, k_TKD, v_TKD = (part.view(num_tokens, -1, self.head_dim) for part in (q, k, v))
@@ -84,32 +75,44 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """One block. The addition after each half is left to the norm that follows it, which does both in one pass."""
+    """One block, in two parts: up to attention, and from there on.
+
+    The addition after each half is left to the norm that follows it, which does both in one pass; but for numbers of tokens
+    that the kernels have a `ResidualKernels` for, where each half adds to the residual itself, and norms what it reads.
+    """
 
     def __init__(self, config: ModelConfig, layer_index: int, rotary: RotaryEmbedding, build: BuildContext) -> None:
         super().__init__()
+        self.kernels = build.kernels
         has_rope = config.layer_ropes[layer_index]
         self.self_attn = LlamaAttention(config, layer_index, rotary if has_rope else None, build)
         self.mlp = LlamaMLP(config, build)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
 
-    def forward(self, x_TH: Tensor | None, residual_TH: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
+    def attend(self, x_TH: Tensor | None, residual_TH: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """`x_TH` is the layer before's output, not yet added to `residual_TH` (None: nothing to add). Both [T, H]; `x_TH` may
         be in pieces, [P, T, H], whose sum the norm makes.
 
-        Gives this layer's output likewise, and advances `residual_TH` in place.
+        -> what attention gives, [T, N D]; `residual_TH` has `x_TH` added, in place.
         """
-        norm = self.input_layernorm
-        h_TH = norm(residual_TH) if x_TH is None else norm.add(x_TH, residual_TH)
-        h_TH = self.self_attn(h_TH, positions_T, ctx)
-        h_TH = self.post_attention_layernorm.add(h_TH, residual_TH)
-        return self.mlp(h_TH)
+        norm, qkv_proj = self.input_layernorm, self.self_attn.qkv_proj
+        if x_TH is not None:
+            qkv_TO = qkv_proj(norm.add(x_TH, residual_TH))
+        elif (kernels := self.kernels.residual(residual_TH)) is not None:
+            qkv_TO = qkv_proj.normed(kernels, residual_TH, norm)
+        else:
+            qkv_TO = qkv_proj(norm(residual_TH))
+        return self.self_attn(qkv_TO, positions_T, ctx)
 
-    def add_to(self, kernels: ResidualKernels, residual_TH: Tensor, positions_T: Tensor, ctx: ForwardContext) -> None:
-        """The same, all of it in place: each half adds to the residual itself, and norms what it reads."""
-        self.self_attn.add_to(kernels, residual_TH, self.input_layernorm, positions_T, ctx)
-        self.mlp.add_to(kernels, residual_TH, self.post_attention_layernorm)
+    def finish(self, attended_TO: Tensor, residual_TH: Tensor) -> Tensor | None:
+        """From attention to the layer's output, as the next one's `attend` takes it; token by token, so any of them will do."""
+        o_proj, norm = self.self_attn.o_proj, self.post_attention_layernorm
+        if (kernels := self.kernels.residual(residual_TH)) is not None:
+            o_proj.add_to(kernels, residual_TH, attended_TO)
+            self.mlp.add_to(kernels, residual_TH, norm)
+            return None
+        return self.mlp(norm.add(o_proj.pieces(attended_TO), residual_TH))
 
 
 class LlamaModel(nn.Module):
@@ -117,22 +120,22 @@ class LlamaModel(nn.Module):
 
     def __init__(self, config: ModelConfig, build: BuildContext) -> None:
         super().__init__()
-        self.kernels = build.kernels
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, build)
         rotary = RotaryEmbedding(config.rope, build)
         self.layers = nn.ModuleList([LlamaLayer(config, i, rotary, build) for i in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
 
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
-        """-> [T, H], the final norm applied."""
-        residual_TH, x_TH = self.embed_tokens(input_ids_T), None
-        if (kernels := self.kernels.residual(residual_TH)) is not None:
-            for layer in self.layers:
-                layer.add_to(kernels, residual_TH, positions_T, ctx)
-            return self.norm(residual_TH)
-        for layer in self.layers:
-            x_TH = layer(x_TH, residual_TH, positions_T, ctx)
-        return self.norm.add(x_TH, residual_TH)
+        """-> [M, H], the final norm applied."""
+        residual, x = self.embed_tokens(input_ids_T), None
+        for i, layer in enumerate(self.layers):
+            attended = layer.attend(x, residual, positions_T, ctx)
+            if i == len(self.layers) - 1 and ctx.wanted_M is not None:
+                attended, residual = (every.index_select(0, ctx.wanted_M) for every in (attended, residual))
+                if not len(residual):
+                    return residual
+            x = layer.finish(attended, residual)
+        return self.norm(residual) if x is None else self.norm.add(x, residual)
 
 
 class LlamaForCausalLM(nn.Module):
@@ -155,7 +158,7 @@ class LlamaForCausalLM(nn.Module):
 
         `input_ids_T`: int32 or int64 [T]. `positions_T`: int32 or int64 [T], each token's place in its sequence, below
         max_model_len. `ctx` holds the plans, and the KV cache, which is written in place.
-        -> hidden states [T, H] in the model's dtype, the final norm applied.
+        -> hidden states [M, H] of the tokens that `ctx` wants, in the model's dtype, the final norm applied.
         """
         return self.model(input_ids_T, positions_T, ctx)
 

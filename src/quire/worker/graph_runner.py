@@ -8,8 +8,9 @@ one graph of the layers, and one of the head and the draw for each kind of sampl
     host      fill pinned words, plan attention | copy | launch, launch | copy results, record event
     device    words -> [ table updates, lay out, layers ] -> [ head, draw, write tokens ] -> tokens, codes
 
-Mixed sizes gather the hidden states that are sampled from; one launch takes them to the decoding size of as many entries,
-whose draw it is from there on. Sizes beyond LONG tokens have two sets of graphs: for long queries attention has larger tiles.
+Mixed sizes have the hidden states that are sampled from, no others; one launch takes them to the decoding size of as many
+entries, whose draw it is from there on. Sizes beyond LONG tokens have two sets of graphs: for long queries attention has larger
+tiles.
 
 Sizes are captured when the worker starts (`capture_all`) or with their first step, which runs eagerly and so compiles what is
 not compiled yet. All graphs share one pool of memory, since they run one after the other. A padding entry belongs to a row of
@@ -112,7 +113,7 @@ class GraphRunner:
         self.num_mixed_replays = 0
         self.num_captures = 0
         self._one_token_each = np.arange(self.sizes.largest + 1, dtype=np.int32)  # a decoding step's query_start_loc
-        self._gathered_NH: Tensor | None = None  # what mixed graphs write; made with the first of them
+        self._sampled_NH: Tensor | None = None  # what mixed graphs write; made with the first of them
         self._running: GraphSize | None = None  # that the step which was sent draws in
         self._draw_of_step: Draw | None = None
 
@@ -155,8 +156,8 @@ class GraphRunner:
         else:
             size.replay_layers()
             self.num_mixed_replays += 1
-        assert self._gathered_NH is not None
-        hidden_MH = self._gathered_NH[:num_samples]
+        assert self._sampled_NH is not None
+        hidden_MH = self._sampled_NH[:num_samples]
         self._running = None
         if num_samples:
             draw = self.sizes.for_entries(num_samples)
@@ -273,14 +274,13 @@ class GraphRunner:
         """Everything from the words to the samples' hidden states [N, H]."""
         # what no entry writes, padding has: token 0 at position 0, in the null block
         self.sizes.flat_XT[:, : size.num_tokens].zero_()
-        hidden_TH = self._layers(size, plans)
-        if self._gathered_NH is None:
-            self._gathered_NH = hidden_TH.new_empty((self.sizes.largest, hidden_TH.shape[1]))
-        gathered_NH = self._gathered_NH[: size.num_entries]
-        return torch.index_select(hidden_TH, 0, size.views["last"], out=gathered_NH)
+        hidden_NH = self._layers(size, plans)
+        if self._sampled_NH is None:
+            self._sampled_NH = hidden_NH.new_empty((self.sizes.largest, hidden_NH.shape[1]))
+        return self._sampled_NH[: size.num_entries].copy_(hidden_NH)
 
     def _layers(self, size: GraphSize, plans: Sequence[Any]) -> Tensor:
-        """Everything from the words to hidden states [T, H]."""
+        """Everything from the words to hidden states [N, H]."""
         inputs, views = self._inputs, size.views
         input_ids_T, positions_T = self.sizes.flat_XT[:2, : size.num_tokens]
         for g, (table_RB, batch) in enumerate(zip(inputs.tables_RB, size.batches)):
@@ -291,7 +291,8 @@ class GraphRunner:
                 input_ids_T, positions_T, batch.slots_T, batch.block_tables_SB, inputs.block_size,
                 blocks.width_for(max(table_RB.shape[1], batch.max_query_len)), tokens=g == 0,
             )  # fmt: skip
-        context = ForwardContext(plans=[plans[g] for g in self._store.group_of_layer], kv=self._store.layers)
+        wanted_N = views["last"] if size.is_mixed else None
+        context = ForwardContext([plans[g] for g in self._store.group_of_layer], self._store.layers, wanted_N)
         return self._model(input_ids_T, positions_T, context)
 
     def _draw(self, size: GraphSize, truncated: bool) -> Tensor:

@@ -114,10 +114,12 @@ class ModelRunner:
             self._forwarded = _Forwarded(run(step), {}, began_s, moved_s, began)
             return
         batch = self.inputs.lay_out(step)
-        hidden_TH = self._run_layers(batch)
-        self._forwarded = _Forwarded(
-            hidden_TH.index_select(0, batch.last_M), self._prompt_logprobs(step, hidden_TH), began_s, moved_s, began
-        )
+        if self._asks_prompt_logprobs(step):
+            hidden_TH = self._run_layers(batch, None)
+            hidden_MH, found = hidden_TH.index_select(0, batch.last_M), self._prompt_logprobs(step, hidden_TH)
+        else:
+            hidden_MH, found = self._run_layers(batch, batch.last_M), {}
+        self._forwarded = _Forwarded(hidden_MH, found, began_s, moved_s, began)
 
     def _choose_way(self, step: SchedulerOutput) -> Way:
         if self.graphs is None:
@@ -129,7 +131,7 @@ class ModelRunner:
         return Way.EAGER
 
     def _asks_prompt_logprobs(self, step: SchedulerOutput) -> bool:
-        """They need the hidden states of all positions, which graphs do not keep."""
+        """They need the hidden states of all positions, which graphs do not make."""
         for row, start in zip(step.rows.tolist(), step.starts.tolist()):
             tenant = self.inputs.rows[row]
             assert tenant is not None
@@ -137,10 +139,11 @@ class ModelRunner:
                 return True
         return False
 
-    def _run_layers(self, batch: FlatBatch) -> Tensor:
+    def _run_layers(self, batch: FlatBatch, wanted_M: Tensor | None) -> Tensor:
+        """-> hidden states, of all tokens or of those wanted."""
         plans = [self.attention.plan(attention) for attention in batch.attention]
         store = self.store
-        context = ForwardContext(plans=[plans[group] for group in store.group_of_layer], kv=store.layers)
+        context = ForwardContext([plans[group] for group in store.group_of_layer], store.layers, wanted_M)
         return self.model(batch.input_ids_T, batch.positions_T, context)
 
     def _prompt_logprobs(self, step: SchedulerOutput, hidden_TH: Tensor) -> dict[int, PromptLogprobs]:
