@@ -7,13 +7,10 @@ not know terminals, commands, or what a conversation is.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, Protocol
 
 import httpx
@@ -22,6 +19,7 @@ from quire.bench.timeline import read_metrics
 from quire.config import EngineConfig
 from quire.engine.engine import Engine
 from quire.engine.input import Prompt
+from quire.engine.interrupt import held_interrupt
 from quire.errors import ConfigError, EngineDeadError, QuireError, RequestError
 from quire.sampling_params import RequestOutputKind, SamplingParams, over_recommended, recommended_sampling
 
@@ -101,7 +99,7 @@ class LocalModel:
         request_id, engine, began_s = f"chat-{self._num_requests}", self._engine, time.perf_counter()
         engine.add_request(request_id, self._prompt(messages), params)
         try:
-            with _held_interrupt() as interrupt:
+            with held_interrupt() as interrupt:
                 while engine.has_unfinished:
                     if interrupt.came:
                         raise KeyboardInterrupt
@@ -138,24 +136,6 @@ class LocalModel:
 
     def close(self) -> None:
         self._engine.shutdown()
-
-
-class _Interrupt:
-    came = False
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
-
-
-@contextlib.contextmanager
-def _held_interrupt() -> Iterator[_Interrupt]:
-    """Ctrl-C is noted, and waits for the end of a step: an exception out of the middle of one would leave the engine torn."""
-    interrupt = _Interrupt()
-    before = signal.signal(signal.SIGINT, interrupt.note)
-    try:
-        yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # -- elsewhere ---------------------------------------------------------------------------------------------------------------

@@ -461,10 +461,11 @@ def run(
     first = next(lines, None)
     if first is None:
         return summary
+    from quire.engine.garbage import short_collections
     from quire.engine.progress import GenerationProgress
 
     began_s = clock()
-    with load() as llm:
+    with load() as llm, short_collections():
         summary.load_s, began_s = clock() - began_s, clock()
         numbered = enumerate(itertools.chain([first], lines), start=output.num_lines)
         with GenerationProgress(total, show=True, done=output.num_lines) as progress:

@@ -1,6 +1,8 @@
 """`LLM` as its users meet it: prompts of all kinds, sampling, forks, log probabilities, stops."""
 
+import gc
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 
 from quire import LLM, SamplingParams
 from quire.engine.engine import CACHED_GENERATIONS
-from quire.errors import CapacityError, ConfigError, ModelError, RequestError
+from quire.errors import CapacityError, ConfigError, EngineDeadError, ModelError, RequestError
 from support import TINY_CONFIG, assert_nothing_leaked, shared_data
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -328,3 +330,82 @@ def test_default_parameters_come_from_generation_config(tiny_model: Path) -> Non
     with tiny(tiny_model) as llm:
         params = llm.get_default_sampling_params()
         assert (params.temperature, params.top_k) == (0.6, 20)
+
+
+class TestInterrupts:
+    """Ctrl-C in the middle of steps, as it comes in a notebook; and steps that fail."""
+
+    def press(self, monkeypatch: pytest.MonkeyPatch, llm: LLM, at: int, times: int = 1) -> None:
+        """Ctrl-C while step `at` runs in the executor, `times` times."""
+        submit, num_steps = llm.engine.executor.submit, 0
+
+        def pressed(step: Any) -> Any:
+            nonlocal num_steps
+            num_steps += 1
+            for _ in range(times if num_steps == at else 0):
+                signal.raise_signal(signal.SIGINT)
+            return submit(step)
+
+        monkeypatch.setattr(llm.engine.executor, "submit", pressed)
+
+    @pytest.mark.parametrize("steps_in_flight", [1, 2])
+    @pytest.mark.parametrize("at", [1, 3, 6])
+    def test_ctrl_c_aborts_all_and_the_next_call_is_answered(
+        self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, steps_in_flight: int, at: int
+    ) -> None:
+        with tiny(tiny_model, max_steps_in_flight=steps_in_flight) as llm:
+            expected = ids_of(llm.generate([[3, 4, 5]] * 2, GREEDY, use_tqdm=False))
+            with monkeypatch.context() as patch:
+                self.press(patch, llm, at)
+                with pytest.raises(KeyboardInterrupt):
+                    llm.generate([[3, 4, 5]] * 2, GREEDY, use_tqdm=False)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert not llm.engine.has_unfinished
+            assert ids_of(llm.generate([[3, 4, 5]] * 2, GREEDY, use_tqdm=False)) == expected
+            assert_nothing_leaked(llm.engine)
+
+    def test_ctrl_c_twice_does_not_wait(self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with tiny(tiny_model) as llm:
+            self.press(monkeypatch, llm, 2, times=2)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate([[3, 4, 5]], GREEDY, use_tqdm=False)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            with pytest.raises(EngineDeadError, match="KeyboardInterrupt"):
+                llm.generate([[3, 4, 5]], GREEDY, use_tqdm=False)
+
+    @pytest.mark.parametrize("steps_in_flight", [1, 2])
+    def test_a_step_that_fails_ends_the_engine(
+        self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, steps_in_flight: int
+    ) -> None:
+        with tiny(tiny_model, max_steps_in_flight=steps_in_flight) as llm:
+
+            def fail(step: Any) -> None:
+                raise RuntimeError("out of something")
+
+            monkeypatch.setattr(llm.engine.executor.worker.runner, "forward", fail)
+            with pytest.raises(RuntimeError, match="out of something") as raised:
+                llm.generate([[3, 4, 5]] * 3, GREEDY, use_tqdm=False)
+            assert raised.value.__context__ is None, "nothing else went wrong on the way out"
+            assert not llm.engine.has_unfinished
+            with pytest.raises(EngineDeadError, match="RuntimeError: out of something"):
+                llm.generate([[3, 4, 5]], GREEDY, use_tqdm=False)
+            with pytest.raises(EngineDeadError):
+                llm.engine.step()
+
+
+def test_collections_walk_through_what_is_new_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, frozen = llm.engine.step, []
+
+    def counting() -> Any:
+        frozen.append(gc.get_freeze_count())
+        if len(frozen) > 8:
+            raise KeyboardInterrupt
+        return step()
+
+    before = gc.get_freeze_count()
+    monkeypatch.setattr(llm.engine, "step", counting)
+    llm.generate([[3, 4]], GREEDY, use_tqdm=False)
+    assert min(frozen) > before + 10_000 and gc.get_freeze_count() == 0
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[3, 4]] * 9, GREEDY, use_tqdm=False)
+    assert gc.get_freeze_count() == 0

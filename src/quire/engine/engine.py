@@ -37,7 +37,7 @@ from quire.engine.explain import Explanation, explain
 from quire.engine.input import InputProcessor, Prompt, numbered_seed
 from quire.engine.output import BeamState, RequestState, request_state
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import ConfigError, RequestError
+from quire.errors import ConfigError, EngineDeadError, RequestError
 from quire.executor.base import Executor, create_executor
 from quire.hub import resolve_model
 from quire.model_config import ModelConfig, load_model_config
@@ -105,6 +105,7 @@ class Engine:
         self._states: dict[str, RequestState] = {}
         self._flights: deque[tuple[SchedulerOutput, Future[StepOutput]]] = deque()
         self._ended: list[RequestState] = []  # ended outside a step, to be told by the next
+        self._failure: BaseException | None = None  # that came out of a step
         self._explained: OrderedDict[str, Explanation] = OrderedDict()  # of requests that have ended, the last ones
         self._log_start(clock() - began_s)
 
@@ -160,8 +161,9 @@ class Engine:
     ) -> None:
         """Queues a request of `client`, with whom token time is shared by weight (`client_weights`).
 
-        Raises RequestError if it is malformed or can never run; nothing is queued then.
+        Raises RequestError if it is malformed or can never run, EngineDeadError if a step has failed; nothing is queued then.
         """
+        self._check_alive()
         self._add(request_id, prompt, params or SamplingParams(), priority, client, None)
 
     def _add(
@@ -251,11 +253,29 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._states or self._ended or self._flights)
+        """Whether there is something to step for; not once a step has failed."""
+        return self._failure is None and bool(self._states or self._ended or self._flights)
 
     # -- steps -----------------------------------------------------------------------------------------------------------
     def step(self) -> list[RequestOutput]:
-        """Plans as many steps ahead as it may, waits for the oldest, and gives what requests are to be told of it."""
+        """Plans as many steps ahead as it may, waits for the oldest, and gives what requests are to be told of it.
+
+        What is raised out of it is the engine's end, since what the scheduler planned is half done then: EngineDeadError from
+        there on.
+        """
+        self._check_alive()
+        try:
+            return self._step()
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _check_alive(self) -> None:
+        if (error := self._failure) is not None:
+            what = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise EngineDeadError(f"a step failed ({what}), and the engine with it: make a new one") from error
+
+    def _step(self) -> list[RequestOutput]:
         began_s = self.clock()
         while (planned := self.scheduler.schedule()) is not None:
             self._note_admitted()

@@ -10,7 +10,9 @@ from typing import Any
 
 from quire.config import EngineConfig
 from quire.engine.engine import Engine
+from quire.engine.garbage import short_collections
 from quire.engine.input import Prompt, as_prompts
+from quire.engine.interrupt import held_interrupt
 from quire.engine.progress import GenerationProgress
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
@@ -58,7 +60,8 @@ class LLM:
 
         prompts: one or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids} (with "cache_salt").
         sampling_params: for all, or one for each; None is the model's defaults. priority: one for each, lower first.
-        Raises RequestError, before anything runs, if one of them is wrong.
+        Raises RequestError, before anything runs, if one of them is wrong; KeyboardInterrupt at Ctrl-C, after the step that
+        runs, when all have been aborted and their blocks are free; EngineDeadError if a step has failed before.
         """
         if (prompts is None) == (prompt_token_ids is None):
             raise RequestError("give either prompts or prompt_token_ids", param="prompts")
@@ -165,19 +168,22 @@ class LLM:
 
     def _run(self, ids: list[str], show: bool) -> list[RequestOutput]:
         results: dict[str, RequestOutput] = {}
-        with GenerationProgress(len(ids), show) as progress:
+        with held_interrupt() as interrupt, short_collections(), GenerationProgress(len(ids), show) as progress:
             while self.engine.has_unfinished:  # also of a step in flight whose tokens nobody wants any more
                 for output in self.engine.step():
                     results[output.request_id] = output
                     progress.advance(output)
                 progress.show_usage(self.engine)
+                if interrupt.came:
+                    raise KeyboardInterrupt
         return [results[request_id] for request_id in ids]
 
     def _abort(self, ids: Iterable[str]) -> None:
-        for request_id in ids:
-            self.engine.abort(request_id)
-        while self.engine.has_unfinished:
-            self.engine.step()
+        with held_interrupt():
+            for request_id in ids:
+                self.engine.abort(request_id)
+            while self.engine.has_unfinished:
+                self.engine.step()
 
     # -- end -----------------------------------------------------------------------------------------------------------
     def shutdown(self) -> None:
