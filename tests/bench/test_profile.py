@@ -15,6 +15,7 @@ from quire.bench.profile import (
     Span,
     choose_windows,
     kernel_rows,
+    kernels_of,
     kind_of,
     record,
     short_name,
@@ -159,9 +160,8 @@ def test_a_real_engines_steps(llm: LLM) -> None:
     assert [len(window) for window in windows] == [3]
     steps = record(engine, windows, run)
     assert (engine.step, engine.executor.submit) == (step, submit)  # nothing is left behind
-    assert "schedule" not in vars(engine.scheduler) and "rms_norm" not in vars(
-        engine.executor.worker.runner.model.model.kernels
-    )
+    kernels = kernels_of(engine.executor.worker.runner.model)
+    assert "schedule" not in vars(engine.scheduler) and "rms_norm" not in vars(kernels)
     assert [(one.way, one.num_tokens, one.num_sequences) for one in steps] == [("eager", 2, 2)] * 3
     for one in steps:
         assert one.busy_us + one.gaps_us == pytest.approx(one.duration_us)

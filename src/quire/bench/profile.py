@@ -278,11 +278,16 @@ def _name_operations(undo: contextlib.ExitStack, runner: Any) -> None:
 
         return call
 
-    kernels = runner.model.model.kernels
+    kernels = kernels_of(runner.model)
     for name in dir(Kernels):
         if not name.startswith("_") and callable(getattr(kernels, name, None)):
             _replace(undo, kernels, name, named(name, getattr(kernels, name)))
     _replace(undo, runner.attention, "run", named("attention", runner.attention.run))
+
+
+def kernels_of(model: Any) -> Any:
+    """Of its layers, which share one object."""
+    return next(module.kernels for module in model.modules() if hasattr(module, "kernels"))
 
 
 def _on_device(events: Any) -> list[Span]:
