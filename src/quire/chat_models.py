@@ -101,8 +101,7 @@ class LocalModel:
         try:
             with held_interrupt() as interrupt:
                 while engine.has_unfinished:
-                    if interrupt.came:
-                        raise KeyboardInterrupt
+                    interrupt.check()
                     for output in engine.step():
                         (completion,) = output.outputs or (None,)
                         stats.num_prompt = len(output.prompt_token_ids or ())

@@ -52,6 +52,19 @@ class TestPrompts:
         legacy = story_llm.generate(prompt_token_ids=[ids], sampling_params=GREEDY, use_tqdm=False)
         assert ids_of(legacy) == ids_of(answers[0])
 
+    def test_many_texts_are_read_like_one(self, story_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("quire.engine.input.TOKENIZED_AT_ONCE", 3)
+        texts = ["Once", "Once upon", "", "Lily", "Tom and Lily", "a"]
+        encode = story_llm.get_tokenizer().encode
+        own = {"prompt": "a text", "prompt_token_ids": encode("other tokens")}
+        prompts: list[Any] = [*texts, {"prompt": "Ben", "cache_salt": "x"}, encode("tokens"), own, "the last"]
+        outputs = story_llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert [output.prompt for output in outputs] == [*texts, "Ben", None, "a text", "the last"]
+        read = [list(output.prompt_token_ids or ()) for output in outputs]
+        assert read == [encode(text) for text in [*texts, "Ben", "tokens", "other tokens", "the last"]]
+        alone = [story_llm.generate(prompt, GREEDY, use_tqdm=False)[0] for prompt in prompts]
+        assert ids_of(outputs) == ids_of(alone)
+
     def test_outputs_come_in_the_order_of_the_prompts(self, llm: LLM) -> None:
         prompts = [[i + 3] * (40 - i) for i in range(30)]
         params = [SamplingParams(temperature=0, max_tokens=1 + i % 5, ignore_eos=True) for i in range(30)]
@@ -251,6 +264,13 @@ class TestBadInput:
             llm.generate([[3], [4], []], GREEDY, use_tqdm=False)
         assert_nothing_leaked(llm.engine)
 
+    def test_one_wrong_text_of_many_is_named_by_its_index(self, story_llm: LLM) -> None:
+        with pytest.raises(RequestError, match="prompt 2: the prompt must be a string of valid Unicode"):
+            story_llm.generate(["Once", {"prompt": "Twice"}, "half a \ud800", "Thrice"], GREEDY, use_tqdm=False)
+        with pytest.raises(RequestError, match="prompt 1: unknown prompt key 'promt'"):
+            story_llm.generate(["Once", {"prompt": "Twice", "promt": "?"}], GREEDY, use_tqdm=False)
+        assert_nothing_leaked(story_llm.engine)
+
     def test_a_request_that_can_never_fit_is_refused_at_once(self, tiny_model: Path) -> None:
         with tiny(tiny_model, num_gpu_blocks_override=16) as small:
             with pytest.raises(RequestError, match="may need 31 KV blocks") as caught:
@@ -362,6 +382,24 @@ class TestInterrupts:
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
             assert not llm.engine.has_unfinished
             assert ids_of(llm.generate([[3, 4, 5]] * 2, GREEDY, use_tqdm=False)) == expected
+            assert_nothing_leaked(llm.engine)
+
+    def test_ctrl_c_while_prompts_are_read(self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with tiny(tiny_model) as llm:
+            add, num_added = llm.engine.scheduler.add, 0
+
+            def pressed(group: Any) -> None:
+                nonlocal num_added
+                num_added += 1
+                if num_added == 3:
+                    signal.raise_signal(signal.SIGINT)
+                add(group)
+
+            monkeypatch.setattr(llm.engine.scheduler, "add", pressed)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate([[3, 4, 5]] * 9, GREEDY, use_tqdm=False)
+            assert num_added == 3 and not llm.engine.has_unfinished
+            assert len(llm.generate([[3, 4, 5]] * 2, GREEDY, use_tqdm=False)) == 2
             assert_nothing_leaked(llm.engine)
 
     def test_ctrl_c_twice_does_not_wait(self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ def test_encodes_and_decodes_as_transformers_does(pair):
         (theirs.bos_token_id, theirs.eos_token_id),
         (None, None),  # GPT-2's two files name none
     ]
+    assert ours.encode_batch(list(texts())) == [ours.encode(text) for text in texts()]
     for text in texts():
         ids = ours.encode(text)
         assert ids == theirs(text)["input_ids"]

@@ -14,9 +14,13 @@ class Interrupt:
 
     came = False
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if it did."""
         if self.came:
             raise KeyboardInterrupt
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.check()
         self.came = True
 
 

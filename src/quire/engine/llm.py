@@ -11,8 +11,8 @@ from typing import Any
 from quire.config import EngineConfig
 from quire.engine.engine import Engine
 from quire.engine.garbage import short_collections
-from quire.engine.input import Prompt, as_prompts
-from quire.engine.interrupt import held_interrupt
+from quire.engine.input import Prompt, as_prompts, tokenized
+from quire.engine.interrupt import Interrupt, held_interrupt
 from quire.engine.progress import GenerationProgress
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
@@ -71,18 +71,9 @@ class LLM:
             raise RequestError(f"{len(priority)} priorities for {len(listed)} prompts", param="priority")
         ids: list[str] = []
         try:
-            for i, prompt in enumerate(listed):
-                request_id = str(self._num_requests)
-                self.engine.add_request(request_id, prompt, params[i], priority=priority[i] if priority else 0)
-                self._num_requests += 1
-                ids.append(request_id)
-        except RequestError as error:
-            self._abort(ids)
-            if len(listed) > 1:
-                raise RequestError(f"prompt {len(ids)}: {error}", param=error.param) from error
-            raise
-        try:
-            return self._run(ids, use_tqdm)
+            with held_interrupt() as interrupt:
+                self._add(ids, listed, params, [0] * len(listed) if priority is None else priority, interrupt)
+                return self._run(ids, use_tqdm, interrupt)
         except BaseException:
             self._abort(ids)
             raise
@@ -166,16 +157,37 @@ class LLM:
             raise RequestError(f"{len(listed)} sampling parameters for {len(prompts)} prompts", param="sampling_params")
         return [replace(one, output_kind=RequestOutputKind.FINAL_ONLY) for one in listed]
 
-    def _run(self, ids: list[str], show: bool) -> list[RequestOutput]:
+    def _add(
+        self,
+        ids: list[str],
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        priority: Sequence[int],
+        interrupt: Interrupt,
+    ) -> None:
+        """Gives all requests to the engine; `ids` grows by those that it has."""
+        tokenizer = self.engine.tokenizer
+        for i, prompt in enumerate(prompts if tokenizer is None else tokenized(prompts, tokenizer)):
+            request_id = str(self._num_requests)
+            try:
+                self.engine.add_request(request_id, prompt, params[i], priority=priority[i])
+            except RequestError as error:
+                if len(prompts) > 1:
+                    raise RequestError(f"prompt {i}: {error}", param=error.param) from error
+                raise
+            self._num_requests += 1
+            ids.append(request_id)
+            interrupt.check()
+
+    def _run(self, ids: list[str], show: bool, interrupt: Interrupt) -> list[RequestOutput]:
         results: dict[str, RequestOutput] = {}
-        with held_interrupt() as interrupt, short_collections(), GenerationProgress(len(ids), show) as progress:
+        with short_collections(), GenerationProgress(len(ids), show) as progress:
             while self.engine.has_unfinished:  # also of a step in flight whose tokens nobody wants any more
                 for output in self.engine.step():
                     results[output.request_id] = output
                     progress.advance(output)
                 progress.show_usage(self.engine)
-                if interrupt.came:
-                    raise KeyboardInterrupt
+                interrupt.check()
         return [results[request_id] for request_id in ids]
 
     def _abort(self, ids: Iterable[str]) -> None:

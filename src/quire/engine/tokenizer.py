@@ -108,6 +108,13 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:  # The library calls a lone surrogate a TypeError.
             raise RequestError("the prompt must be a string of valid Unicode", param="prompt") from error
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each, by all cores."""
+        try:
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts))]
+        except (TypeError, UnicodeEncodeError) as error:
+            raise RequestError("prompts must be strings of valid Unicode", param="prompt") from error
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Ids that are not in the vocabulary (a model's may be padded) are left out."""
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
