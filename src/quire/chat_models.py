@@ -99,7 +99,7 @@ class LocalModel:
         request_id, engine, began_s = f"chat-{self._num_requests}", self._engine, time.perf_counter()
         engine.add_request(request_id, self._prompt(messages), params)
         try:
-            with held_interrupt() as interrupt:
+            with held_interrupt(patient=True) as interrupt:
                 while engine.has_unfinished:
                     interrupt.check()
                     for output in engine.step():

@@ -429,6 +429,8 @@ class TestInterrupts:
                 llm.generate([[3, 4, 5]], GREEDY, use_tqdm=False)
             with pytest.raises(EngineDeadError):
                 llm.engine.step()
+            with pytest.raises(EngineDeadError):
+                llm.engine.add_request("another", [3], GREEDY)
 
 
 def test_collections_walk_through_what_is_new_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

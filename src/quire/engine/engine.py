@@ -163,7 +163,6 @@ class Engine:
 
         Raises RequestError if it is malformed or can never run, EngineDeadError if a step has failed; nothing is queued then.
         """
-        self._check_alive()
         self._add(request_id, prompt, params or SamplingParams(), priority, client, None)
 
     def _add(
@@ -175,6 +174,7 @@ class Engine:
         client: str,
         source: TokenSequence | None,
     ) -> None:
+        self._check_alive()
         # also one that was aborted, until the next step has told its end
         if request_id in self._states or any(state.group.request_id == request_id for state in self._ended):
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
