@@ -114,11 +114,12 @@ class ModelRunner:
             self._forwarded = _Forwarded(run(step), {}, began_s, moved_s, began)
             return
         batch = self.inputs.lay_out(step)
+        found: dict[int, PromptLogprobs] = {}
         if self._asks_prompt_logprobs(step):
             hidden_TH = self._run_layers(batch, None)
             hidden_MH, found = hidden_TH.index_select(0, batch.last_M), self._prompt_logprobs(step, hidden_TH)
         else:
-            hidden_MH, found = self._run_layers(batch, batch.last_M), {}
+            hidden_MH = self._run_layers(batch, None if _draws_from_each_token(step) else batch.last_M)
         self._forwarded = _Forwarded(hidden_MH, found, began_s, moved_s, began)
 
     def _choose_way(self, step: SchedulerOutput) -> Way:
@@ -244,3 +245,9 @@ class ModelRunner:
         first[index[::-1]] = np.arange(len(index))[::-1]
         logits = self.model.compute_logits(hidden_MH.index_select(0, to_device(first, hidden_MH.device)))
         return logits.index_select(0, to_device(index.astype(np.int64), hidden_MH.device))
+
+
+def _draws_from_each_token(step: SchedulerOutput) -> bool:
+    """Whether the samples are the step's tokens, one after the other: mostly so where it only decodes."""
+    num_tokens = int(step.num_tokens.sum())
+    return num_tokens == len(step.sample_entries) and np.array_equal(step.sample_entries, np.arange(num_tokens))
