@@ -421,6 +421,7 @@ class TestInterrupts:
                 raise RuntimeError("out of something")
 
             monkeypatch.setattr(llm.engine.executor.worker.runner, "forward", fail)
+            monkeypatch.setattr(llm.engine.scheduler, "abort", fail)  # whose plans are half done
             with pytest.raises(RuntimeError, match="out of something") as raised:
                 llm.generate([[3, 4, 5]] * 3, GREEDY, use_tqdm=False)
             assert raised.value.__context__ is None, "nothing else went wrong on the way out"

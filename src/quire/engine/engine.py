@@ -235,7 +235,9 @@ class Engine:
 
     def abort(self, request_id: str, *, tell: bool = True) -> bool:
         """Ends a request; its last output says "abort", without `tell` there is none. False if it isn't there (it may just
-        have finished)."""
+        have finished), or a step has failed: that has ended all."""
+        if self._failure is not None:
+            return False
         state = self._states.get(request_id)
         if not tell:
             self._ended = [ended for ended in self._ended if ended.group.request_id != request_id]
