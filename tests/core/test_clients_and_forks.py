@@ -19,16 +19,18 @@ def fork(m: Machine, parent: RequestGroup, more: tuple[int, ...] = (), **params:
 @pytest.mark.parametrize("more", [(), (3, 1, 4)])
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("flights", [1, 3])
-def test_a_branch_starts_in_its_parents_blocks(more: tuple[int, ...], cached: bool, flights: int) -> None:
+@pytest.mark.parametrize("computed", [12, 13], ids=["3 full blocks", "and a quarter"])
+def test_a_branch_starts_in_its_parents_blocks(more: tuple[int, ...], cached: bool, flights: int, computed: int) -> None:
     m = Machine(cached=cached, flights=flights)
     parent = m.add(10, max_tokens=20)
-    m.steps(4)  # 13 tokens are computed, 14 known: 3 full blocks and a quarter
+    m.steps(computed - 9)
+    assert parent.live[0].num_computed == computed
     child = fork(m, parent, more, max_tokens=6)
     held = m.kv.pool.num_held
     m.step()
     prefix = child.journal.prefix
-    assert prefix is not None and prefix.from_fork and prefix.num_tokens == 13
-    # what is new: a copy of the fourth block, and what the tokens behind it need
+    assert prefix is not None and prefix.from_fork and prefix.num_tokens == computed
+    # what is new: a copy of the fourth block, if it was begun, and what the tokens behind it need
     new = -(-(len(child.prompt_token_ids) + (flights > 1)) // SIZE) - 3
     assert m.kv.pool.num_held - held in (new, new + 1)
     assert m.sharing(parent)[0][:3] == m.sharing(child)[0][:3]
