@@ -20,7 +20,9 @@ def fork(m: Machine, parent: RequestGroup, more: tuple[int, ...] = (), **params:
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("flights", [1, 3])
 @pytest.mark.parametrize("computed", [12, 13], ids=["3 full blocks", "and a quarter"])
-def test_a_branch_starts_in_its_parents_blocks(more: tuple[int, ...], cached: bool, flights: int, computed: int) -> None:
+def test_a_branch_starts_in_its_parents_blocks(
+    more: tuple[int, ...], cached: bool, flights: int, computed: int
+) -> None:
     m = Machine(cached=cached, flights=flights)
     parent = m.add(10, max_tokens=20)
     m.steps(computed - 9)
