@@ -22,7 +22,7 @@ def test_local_paths_that_are_no_model(tmp_path):
         resolve_model(str(tmp_path))
     with pytest.raises(ModelError, match="is a file"):
         resolve_model(str(with_config(tmp_path) / "config.json"))
-    for name in (str(tmp_path / "absent"), "./absent", "a/b/c", "../up", "", "owner/na me"):
+    for name in (str(tmp_path / "absent"), "./absent", "a/b/c", "../up", "", "owner/na me", "no name " * 40):
         with pytest.raises(ModelError, match="no directory"):
             resolve_model(name)
 

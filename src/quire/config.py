@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from quire.errors import ConfigError
@@ -79,6 +80,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", DTYPE_SYNONYMS.get(_dtype_name(self.dtype), _dtype_name(self.dtype)))
+        if not isinstance(self.model, str | PathLike):
+            kind = type(self.model).__name__
+            raise ConfigError(f"model must name a directory or a hub repository, not be of type {kind}")
         object.__setattr__(self, "model", str(self.model))
         if not self.model:
             raise ConfigError("model must name a directory or a hub repository")

@@ -3,6 +3,7 @@
 Reads none of them, and knows no torch.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -25,8 +26,9 @@ def resolve_model(
     Raises ModelError if there is neither such a directory nor such a repository, or if it holds no config.json.
     """
     path = Path(model).expanduser()
-    if not model or not path.is_dir():  # an empty Path would be the working directory
-        if path.is_file():
+    # of os.path, which has no error for a name that is too long; and an empty Path would be the working directory
+    if not model or not os.path.isdir(path):
+        if os.path.isfile(path):
             raise ModelError(f"{model!r} is a file; give the directory that holds config.json and the weights.")
         is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", model)
         if not is_hub_name:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from quire import LLM, SamplingParams
+from quire.config import EngineConfig
 from quire.engine.engine import CACHED_GENERATIONS
 from quire.errors import CapacityError, ConfigError, EngineDeadError, ModelError, RequestError
 from support import TINY_CONFIG, assert_nothing_leaked, shared_data
@@ -324,6 +325,9 @@ class TestStart:
     def test_a_model_that_is_not_there_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="nothing-here"):
             LLM(str(tmp_path / "nothing-here"))
+        for model in (EngineConfig(model="nothing-here"), None):
+            with pytest.raises(ConfigError, match=f"not be of type {type(model).__name__}"):
+                LLM(model)  # type: ignore[arg-type]
 
     def test_options_of_other_engines_that_change_nothing_are_taken(self, tiny_model: Path) -> None:
         options = {"tensor_parallel_size": 1, "trust_remote_code": False, "enforce_eager": True, "dtype": "float"}
