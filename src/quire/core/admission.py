@@ -122,7 +122,7 @@ class AdmissionControl:
         # a limit of 0: its own blocks are still on their way
         if source is not None and source.status is Status.RUNNING and self._batch.limit[source.row] > 0:
             common = min(common_start(lead, source), source.num_computed, most)
-            if 0 < common >= hit.num_tokens:  # at a block's end the cache finds as many: those same blocks
+            if 0 < common >= hit.num_tokens:  # as many at a block's end, where the source's are cached too
                 return self._kv.shared_with(source, common) or hit
         return hit
 
