@@ -22,7 +22,8 @@ def test_local_paths_that_are_no_model(tmp_path):
         resolve_model(str(tmp_path))
     with pytest.raises(ModelError, match="is a file"):
         resolve_model(str(with_config(tmp_path) / "config.json"))
-    for name in (str(tmp_path / "absent"), "./absent", "a/b/c", "../up", "", "owner/na me", "no name " * 40):
+    absent = str(tmp_path / "absent"), "./absent", "a/b/c", "../up", "", "owner/na me"
+    for name in (*absent, "no name " * 40, "~nobody-of-this-name/model", "a\0b"):
         with pytest.raises(ModelError, match="no directory"):
             resolve_model(name)
 

@@ -25,8 +25,8 @@ def resolve_model(
 
     Raises ModelError if there is neither such a directory nor such a repository, or if it holds no config.json.
     """
-    path = Path(model).expanduser()
-    # of os.path, which has no error for a name that is too long; and an empty Path would be the working directory
+    # by os.path, for which a name that is too long, or of no user, names nothing; an empty Path would be the working directory
+    path = Path(os.path.expanduser(model))
     if not model or not os.path.isdir(path):
         if os.path.isfile(path):
             raise ModelError(f"{model!r} is a file; give the directory that holds config.json and the weights.")
