@@ -456,12 +456,12 @@ def test_a_graph_is_replayed_over_other_lengths(steps):
         assert error.item() < 1e-2
 
 
-@pytest.mark.parametrize("sequences_per_sm", [0.1, 0.4, 2])
+@pytest.mark.parametrize("sequences_per_sm", [0.1, 0.4, 0.7, 2])
 def test_low_tiles_of_few_and_many_sequences(sequences_per_sm):
     spec = make_spec((32, 8), 128, bf16)
     layer = layer_kind(spec, bf16)
     tile = choose_tile("low", layer, 1, sequences_per_sm=sequences_per_sm)
-    assert tile.per_sm == {0.1: 1, 0.4: 2, 2: 3}[sequences_per_sm]
+    assert tile.per_sm == {0.1: 1, 0.4: 2, 0.7: 3, 2: 4}[sequences_per_sm]
     contexts = (20_000, 300, 129, 1) if HAS_CUDA else (300, 129, 1)
     for piece in (None, 128, 1 << 20):  # 157 pieces of the longest: several turns of the merge
         check(make_case(spec, 16, contexts, (1,) * len(contexts)), make_backend(tiles={"low": tile}, piece=piece))
@@ -482,23 +482,23 @@ def test_compiles_for_the_card_without_spilling():
 
 
 def compile_for(
-    capability: int, spec: AttentionSpec, kind: str, max_query_len: int, sequences_per_sm: float = 9
+    capability: int, spec: AttentionSpec, kind: str, max_query_len: int, sequences_per_sm: float = 9, tokens: int = 1
 ) -> dict[str, int | str]:
-    """Registers of a thread, and bytes that it spills."""
+    """Registers of a thread, and bytes that it spills. tokens: most of a low tile."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     layer = layer_kind(spec, spec.kv_dtype)
     tile = choose_tile(kind, layer, max_query_len, sequences_per_sm=sequences_per_sm, little_memory=capability == 89)
     low, high = kernels.split_head_size(spec.head_size)
-    merge_rows = kernels.choose_merge_rows(tile, layer.group, layer.group if kind == "low" else 0)
+    merge_rows = kernels.choose_merge_rows(tile, layer.group, tokens * layer.group if kind == "low" else 0)
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[spec.kv_dtype]
     constants = {
         "NUM_KV_HEADS": spec.num_kv_heads, "GROUP": layer.group, "HEAD_SIZE": spec.head_size, "D_LOW": low,
         "D_HIGH": high, "BLOCK_SIZE": 16, "ROWS": tile.num_rows, "KEYS": tile.num_keys, "HEAD_RUN": tile.head_run,
         "CAUSAL": True, "HAS_WINDOW": spec.window is not None, "HAS_SOFTCAP": spec.softcap is not None,
         "ALWAYS_MASK": tile.num_rows < 64, "DOT_TYPE": kernels.DOT_TYPES[spec.kv_dtype],
-        "MERGE_ROWS": merge_rows, "MERGE_SLOTS": kernels.MERGED_AT_ONCE // max(1, merge_rows), "PDL": capability >= 90,
+        "MERGE_ROWS": merge_rows, "MERGE_SLOTS": kernels.choose_merge_slots(tile, merge_rows), "PDL": capability >= 90,
     }  # fmt: skip
     types = dict.fromkeys(kernels._attend.arg_names, "i32")
     types |= {"q_ptr": f"*{element}", "kv_ptr": f"*{element}", "o_ptr": f"*{element}"}
@@ -545,7 +545,8 @@ def compile_for(
 if __name__ == "__main__":
     specs = [make_spec((32, 8), 128, bf16), make_spec((32, 8), 128, bf16, window=4096, softcap=50.0)]
     found = [compile_for(90, spec, kind, length) for spec in specs for kind, length in (("low", 1), ("high", 999))]
-    found += [compile_for(90, specs[0], "low", 1, sequences_per_sm) for sequences_per_sm in (0.1, 0.4)]
+    found += [compile_for(90, specs[0], "low", 1, sequences_per_sm) for sequences_per_sm in (0.1, 0.4, 0.7)]
+    found += [compile_for(90, specs[0], "low", 1, tokens=2)]
     for head_size in (128, 256):  # what has less shared memory
         spec = make_spec((32, 8), head_size, bf16)
         found += [compile_for(89, spec, kind, length) for kind, length in (("low", 1), ("high", 999), ("high", 9999))]

@@ -29,8 +29,8 @@ MERGE_FIELDS = 4
 """Of an entry to merge, int32 each: first query token (flat index), number of query tokens, first slot, number of slots."""
 LOW_ROWS = 32
 """Tiles of so many rows or fewer merge their pieces themselves."""
-MERGED_AT_ONCE = 64
-"""Rows of partial results that such a merge holds in registers at once, of all slots together."""
+MERGED_AT_ONCE = 16
+"""Rows of partial results that each warp of such a merge holds in registers at once, of all slots together."""
 
 LOG2_E = 1.4426950408889634
 DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -364,6 +364,11 @@ def choose_merge_rows(tile: Tile, group: int, partial_rows: int) -> int:
     return one_token if partial_rows <= one_token else tile.num_rows
 
 
+def choose_merge_slots(tile: Tile, merge_rows: int) -> int:
+    """Partial results that a program merges at once."""
+    return max(1, MERGED_AT_ONCE * tile.num_warps // max(1, merge_rows))
+
+
 def attend(
     q_TND: Tensor,
     kv_B2KSD: Tensor,
@@ -411,7 +416,7 @@ def attend(
         BLOCK_SIZE=block_size, ROWS=tile.num_rows, KEYS=tile.num_keys, HEAD_RUN=tile.head_run, CAUSAL=causal,
         HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, ALWAYS_MASK=tile.num_rows < 64,
         DOT_TYPE=DOT_TYPES[q_TND.dtype if same else torch.float32],
-        MERGE_ROWS=merge_rows, MERGE_SLOTS=MERGED_AT_ONCE // max(1, merge_rows),
+        MERGE_ROWS=merge_rows, MERGE_SLOTS=choose_merge_slots(tile, merge_rows),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent.options(q_TND.device),
     )  # fmt: skip
 
