@@ -1,16 +1,19 @@
-"""On a machine with a GPU: what a decoding layer's kernels take at states of a list of requests, by leaving others out.
+"""On a machine with a GPU: what a decoding layer's kernels take at states of a list of requests, by leaving others out: time
+and energy. Where a card has reached its limit of power, a step takes as long as its energy needs.
 
     python3 tools/gpu_layers.py SHAPE WORKLOAD STEP ...        (PYTHONPATH=src)
 
 SHAPE is one of `quire.bench.shapes`, WORKLOAD a JSON list of [prompt tokens, output tokens]. The list runs until each STEP;
-there the step's graph is captured again, as it is and without some of its kernels, and replayed: microseconds of a layer, over
-all layers. What is left out leaves numbers that mean nothing, but takes no time.
+there the step's graph is captured again, as it is and without some of its kernels, and replayed for a second: microseconds and
+millijoules of a layer, over all layers, and the card's watts meanwhile (energies of equal runs differed by up to 8 %). What is
+left out leaves numbers that mean nothing, but takes no time.
 """
 
+import ctypes
 import json
-import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,18 +70,41 @@ class Choice:
         JITFunction.run, functional.linear, dependent.options = self._originals
 
 
-def seconds_of(replay: Callable[[], object]) -> float:
-    """Of one replay, the median of 7 times 5 after 15."""
-    times = []
-    for i in range(8):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        for _ in range(5 if i else 15):
+class EnergyCounter:
+    """The card's, since its driver was loaded."""
+
+    def __init__(self) -> None:
+        self._nvml, self._device = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_void_p()
+        self._check(self._nvml.nvmlInit_v2())
+        self._check(self._nvml.nvmlDeviceGetHandleByIndex_v2(torch.cuda.current_device(), ctypes.byref(self._device)))
+
+    @staticmethod
+    def _check(code: int) -> None:
+        if code:
+            raise OSError(f"NVML's error {code}")
+
+    def joules(self) -> float:
+        found = ctypes.c_ulonglong()
+        self._check(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device, ctypes.byref(found)))
+        return found.value / 1e3
+
+
+def measure(replay: Callable[[], object], counter: EnergyCounter, for_s: float = 1.0) -> tuple[float, float]:
+    """Seconds and joules of one replay, of as many as take for_s, after a third as many."""
+
+    def run(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
             replay()
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended) / 5e3)
-    return statistics.median(times[1:])
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    run(3)
+    count = max(3, int(for_s / (run(3) / 3)))
+    run(count // 3)
+    before = counter.joules()
+    seconds = run(count)
+    return seconds / count, (counter.joules() - before) / count
 
 
 def main(shape: str, workload: str, steps: list[int]) -> None:
@@ -89,7 +115,7 @@ def main(shape: str, workload: str, steps: list[int]) -> None:
             str(write_shape(shape, Path(directory))), load_format="dummy", dtype="bfloat16", skip_tokenizer_init=True,
             swap_space=0, enable_prefix_caching=False, max_model_len=max(map(sum, lengths)),
         )  # fmt: skip
-    engine, submitted = llm.engine, []
+    engine, submitted, counter = llm.engine, [], EnergyCounter()
     graphs, submit = engine.executor.worker.runner.graphs, engine.executor.submit
 
     def watched(step: Any) -> Any:
@@ -110,17 +136,17 @@ def main(shape: str, workload: str, steps: list[int]) -> None:
         count, lengths_S = len(step.rows), step.starts + 1
         size = graphs.sizes.for_entries(count)
         words = size.words.clone()
-        found = {}
+        print(f"{shape}, step {call}: {count} requests of {lengths_S.mean():.0f} tokens, a layer:", flush=True)
+        layers = SHAPES[shape]["num_hidden_layers"]
         for name, case in CASES.items():
             with torch.inference_mode(), Choice(*case):
                 plans = graphs._plans(size, graphs._one_token_each[: count + 1], lengths_S)
                 size.words.copy_(words)
                 graphs._layers(size, plans)
                 replay, _ = graphs._capture(lambda size=size, plans=plans: graphs._layers(size, plans))
-            found[name] = round(1e6 * seconds_of(replay) / SHAPES[shape]["num_hidden_layers"], 1)
-        print(
-            f"{shape}, step {call}: {count} requests of {lengths_S.mean():.0f} tokens, us a layer: {found}", flush=True
-        )
+            seconds, joules = measure(replay, counter)
+            of_layer = f"{1e6 * seconds / layers:8.1f} us {1e3 * joules / layers:7.2f} mJ {joules / seconds:5.0f} W"
+            print(f"    {name:32}{of_layer}", flush=True)
 
 
 if __name__ == "__main__":
