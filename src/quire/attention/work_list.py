@@ -114,7 +114,7 @@ def choose_tile(
             if programs_per_sm <= SOME_PROGRAMS:
                 return Tile(rows, keys, 4, 4, 2)
             # Four programs of one warp draw less power than three of four, and where the card has reached its limit the whole
-            # step takes 3 to 4 % less; but a last wave with little in it costs as much.
+            # step takes 2 to 4 % less; but a last wave with little in it costs as much.
             if _filled(programs_per_sm / 4) >= _filled(programs_per_sm / 3) - EMPTIER:
                 return Tile(rows, keys // 2, 1, 4, 4)
         return Tile(rows, keys, 4, 3, 3 if rows == 16 else 2)
