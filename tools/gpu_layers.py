@@ -9,7 +9,6 @@ millijoules of a layer, over all layers, and the card's watts meanwhile (energie
 left out leaves numbers that mean nothing, but takes no time.
 """
 
-import ctypes
 import json
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from torch.nn import functional
 from triton.runtime.jit import JITFunction
 
 from quire import LLM, SamplingParams
+from quire.bench.power import PowerMeter
 from quire.bench.shapes import SHAPES, write_shape
 from quire.kernels.triton import dependent
 
@@ -70,26 +70,7 @@ class Choice:
         JITFunction.run, functional.linear, dependent.options = self._originals
 
 
-class EnergyCounter:
-    """The card's, since its driver was loaded."""
-
-    def __init__(self) -> None:
-        self._nvml, self._device = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_void_p()
-        self._check(self._nvml.nvmlInit_v2())
-        self._check(self._nvml.nvmlDeviceGetHandleByIndex_v2(torch.cuda.current_device(), ctypes.byref(self._device)))
-
-    @staticmethod
-    def _check(code: int) -> None:
-        if code:
-            raise OSError(f"NVML's error {code}")
-
-    def joules(self) -> float:
-        found = ctypes.c_ulonglong()
-        self._check(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device, ctypes.byref(found)))
-        return found.value / 1e3
-
-
-def measure(replay: Callable[[], object], counter: EnergyCounter, for_s: float = 1.0) -> tuple[float, float]:
+def measure(replay: Callable[[], object], meter: PowerMeter, for_s: float = 1.0) -> tuple[float, float]:
     """Seconds and joules of one replay, of as many as take for_s, after a third as many."""
 
     def run(count: int) -> float:
@@ -102,9 +83,9 @@ def measure(replay: Callable[[], object], counter: EnergyCounter, for_s: float =
     run(3)
     count = max(3, int(for_s / (run(3) / 3)))
     run(count // 3)
-    before = counter.joules()
+    meter.begin()
     seconds = run(count)
-    return seconds / count, (counter.joules() - before) / count
+    return seconds / count, meter.joules() / count
 
 
 def main(shape: str, workload: str, steps: list[int]) -> None:
@@ -115,7 +96,8 @@ def main(shape: str, workload: str, steps: list[int]) -> None:
             str(write_shape(shape, Path(directory))), load_format="dummy", dtype="bfloat16", skip_tokenizer_init=True,
             swap_space=0, enable_prefix_caching=False, max_model_len=max(map(sum, lengths)),
         )  # fmt: skip
-    engine, submitted, counter = llm.engine, [], EnergyCounter()
+    engine, submitted, meter = llm.engine, [], PowerMeter.find("cuda")
+    assert meter, "the driver does not tell the card's energy"
     graphs, submit = engine.executor.worker.runner.graphs, engine.executor.submit
 
     def watched(step: Any) -> Any:
@@ -144,7 +126,7 @@ def main(shape: str, workload: str, steps: list[int]) -> None:
                 size.words.copy_(words)
                 graphs._layers(size, plans)
                 replay, _ = graphs._capture(lambda size=size, plans=plans: graphs._layers(size, plans))
-            seconds, joules = measure(replay, counter)
+            seconds, joules = measure(replay, meter)
             of_layer = f"{1e6 * seconds / layers:8.1f} us {1e3 * joules / layers:7.2f} mJ {joules / seconds:5.0f} W"
             print(f"    {name:32}{of_layer}", flush=True)
 

@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> int:
 
         first_run_s = once()
         times = [once() for _ in range(args.repeat)]
-        floor = subject.watch.floor()
+        floor, power = subject.watch.floor(), subject.power
         tables = subject.tables(args, title, once)
-        facts = subject.facts
+        facts = subject.facts | ({"power (of the last run)": power} if power else {})
         matmul = subject.ceilings.matmul
         subject.shutdown()
     median = statistics.median(times)

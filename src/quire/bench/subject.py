@@ -17,6 +17,7 @@ from typing import Any
 
 from quire.bench import picture, profile
 from quire.bench.floors import ModelWork, measure_ceilings
+from quire.bench.power import PowerMeter
 from quire.bench.report import Row, report
 from quire.bench.shapes import SHAPES, write_shape
 from quire.bench.steps import StepWatch
@@ -64,7 +65,8 @@ class Timing:
 
 
 class Subject:
-    """An engine, ceilings of the machine that it runs on, and its steps. `start_s`: seconds that making it took."""
+    """An engine, ceilings of the machine that it runs on, and its steps. `start_s`: seconds that making it took; `power`: what
+    the GPU drew during the last `generate`, if it tells."""
 
     def __init__(self, config: EngineConfig) -> None:
         import torch
@@ -85,6 +87,8 @@ class Subject:
             self.ceilings = measure_ceilings("cpu", dtype)
         self.work = ModelWork(self.engine.model, self.device.dtype, self.device.kv_dtype)
         self.watch = StepWatch(self.engine, self.work, self.ceilings)
+        self._meter = PowerMeter.find(self.device.device)
+        self.power: dict[str, float] = {}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -107,9 +111,14 @@ class Subject:
         """Answers prompts given at once, with nothing in the prefix cache: seconds, and outputs. `watch` then has its steps."""
         self.engine.kv.pool.drop_cache()
         self.watch.reset()
+        if self._meter:
+            self._meter.begin()
         began_s = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - began_s, outputs
+        seconds = time.perf_counter() - began_s
+        if self._meter:
+            self.power = self._meter.facts()
+        return seconds, outputs
 
     def together(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Timing:
         """Answers prompts of one length given at once, all with `params`, at least two tokens each. `watch` then has its

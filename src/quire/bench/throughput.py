@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         subject.generate([prompts[0], prompts[-1]], decode_params(4, args.temperature))
         times = [_answer(subject, prompts, lengths, args.temperature) for _ in range(args.repeat)]
         floor, host_ms, idle_s = subject.watch.floor(), subject.watch.host_ms, times[-1] - subject.watch.elapsed_s
+        power = subject.power
         tables = subject.tables(args, title, lambda: _answer(subject, prompts, lengths, args.temperature))
         rows = [_row("quire", times, lengths)]
         if args.peer:
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         "floor, share reached": share(floor.seconds, times[-1]),
         "floor, parts": floor.facts(),
     }
+    if power:
+        facts["power (of the last run)"] = {**power, "J/output token": power["J"] / num_out}
     report(args, title, rows, data=tables, **facts)
     show_tables(args, tables)
     return 0
