@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from quire import AsyncEngine, SamplingParams
+from quire.config import EngineConfig
 from quire.errors import EngineDeadError, RequestError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind
@@ -45,6 +46,16 @@ def test_a_stream_grows_by_tokens_and_ends(engine: AsyncEngine) -> None:
     assert metrics is not None
     times = [metrics.arrival_time, metrics.first_scheduled_time, metrics.first_token_time, metrics.finished_time]
     assert times == sorted(times)
+
+
+def test_made_from_a_config_it_answers_as_made_from_options(engine: AsyncEngine, tiny_model: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
+    other = AsyncEngine.from_config(EngineConfig.from_options(str(tiny_model), **OPTIONS))
+    try:
+        found, expected = (asyncio.run(collect(each.generate([5] * 9, params)))[-1] for each in (other, engine))
+    finally:
+        other.shutdown()
+    assert found.outputs[0].token_ids == expected.outputs[0].token_ids
 
 
 def test_increments_add_up_to_the_whole(engine: AsyncEngine) -> None:

@@ -54,7 +54,16 @@ class AsyncEngine:
     """
 
     def __init__(self, model: str, **options: Any) -> None:
-        self.engine = Engine(EngineConfig.from_options(model, **options))
+        self._start(EngineConfig.from_options(model, **options))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> AsyncEngine:
+        engine = cls.__new__(cls)
+        engine._start(config)
+        return engine
+
+    def _start(self, config: EngineConfig) -> None:
+        self.engine = Engine(config)
         self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._gate = threading.Lock()
         self._streams: dict[str, _Stream] = {}
