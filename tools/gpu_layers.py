@@ -5,7 +5,7 @@ and energy. Where a card has reached its limit of power, a step takes as long as
 
 SHAPE is one of `quire.bench.shapes`, WORKLOAD a JSON list of [prompt tokens, output tokens]. The list runs until each STEP;
 there the step's graph is captured again, as it is and without some of its kernels, and replayed for a second: microseconds and
-millijoules of a layer, over all layers, and the card's watts meanwhile (energies of equal runs differed by up to 8 %). What is
+millijoules of a layer, over all layers, and the card's watts meanwhile (energies of equal runs differed by up to 11 %). What is
 left out leaves numbers that mean nothing, but takes no time.
 """
 
@@ -101,7 +101,8 @@ def main(shape: str, workload: str, steps: list[int]) -> None:
             swap_space=0, enable_prefix_caching=False, max_model_len=max(map(sum, lengths)),
         )  # fmt: skip
     engine, submitted, meter = llm.engine, [], PowerMeter.find("cuda")
-    assert meter, "the driver does not tell the card's energy"
+    if meter is None:
+        raise SystemExit("the driver does not tell the card's energy")
     graphs, submit = engine.executor.worker.runner.graphs, engine.executor.submit
 
     def watched(step: Any) -> Any:

@@ -372,6 +372,13 @@ def test_tiles_that_fill_the_places_are_left_whole(count):
     assert num_merges(few_long) == 2
 
 
+def test_tiles_of_graphs_by_how_full_their_waves_are():
+    """132 multiprocessors, 8 key/value heads: at 144 2.2 waves of four programs each, and 2.9 of three."""
+    sizes = (16, 32, 64, 96, 128, 144, 160, 192, 208, 224, 256, 512)
+    found = [choose_tile("low", LLAMA, 1, sequences_per_sm=size / 132).per_sm for size in sizes]
+    assert found == [1, 2, 2, 3, 4, 3, 4, 4, 4, 4, 4, 4]
+
+
 @pytest.mark.parametrize("lengths", [[3000], [3000] * 4, [2900] * 8])
 def test_a_few_long_ones_are_cut_in_graphs_for_many(lengths):
     tile = choose_tile("low", LLAMA, 1)
