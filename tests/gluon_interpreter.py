@@ -43,10 +43,14 @@ class Values(Tensor):
 
 
 class Memory:
-    """A part of shared memory, row by row, but in columns of 64 where rows are longer, as the matrix units read them."""
+    """A part of shared memory, row by row, but in columns of 64 where rows are longer, as the matrix units read them; or as a
+    linear layout says. Boxes are kept as if they were not swizzled, so a layout's offsets are turned back."""
 
-    def __init__(self, flat: Tensor, start: int, shape: list[int], is_transposed: bool = False) -> None:
+    def __init__(
+        self, flat: Tensor, start: int, shape: list[int], is_transposed: bool = False, linear: Any = None
+    ) -> None:
         self.flat, self.start, self.shape, self.is_transposed = flat, start, [plain(n) for n in shape], is_transposed
+        self.linear = linear
         self.dtype = flat.dtype
         self.size = torch.Size(self.shape).numel()
 
@@ -54,27 +58,43 @@ class Memory:
         i = int(plain(i))
         assert 0 <= i < self.shape[0], f"{i} of {self.shape[0]}"
         each = self.size // self.shape[0]
-        return Memory(self.flat, self.start + i * each, self.shape[1:])
+        return Memory(self.flat, self.start + i * each, self.shape[1:], linear=self.linear)
 
     def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Memory:
         assert dtype is self.dtype
-        found = Memory(self.flat, self.start, shape)
+        linear = layout if isinstance(layout, gl.SharedLinearLayout) else None
+        found = Memory(self.flat, self.start, shape, linear=linear)
         assert found.start + found.size <= len(self.flat), "beyond the allocation"
         return found
 
     def permute(self, order: list[int]) -> Memory:
         assert order == [1, 0]
-        return Memory(self.flat, self.start, self.shape, not self.is_transposed)
+        return Memory(self.flat, self.start, self.shape, not self.is_transposed, self.linear)
 
     def load(self, layout: Any = None) -> Tensor:
         found = self.flat[self.start : self.start + self.size].clone()
-        if len(self.shape) == 2 and self.shape[1] > 64:
+        if self.linear is not None:
+            found = found[_places(self.linear, self.shape)]
+        elif len(self.shape) == 2 and self.shape[1] > 64:
             found = found.view(-1, self.shape[0], 64).transpose(0, 1)
         found = found.reshape(self.shape)
         return found.t() if self.is_transposed else found
 
     def store(self, values: Tensor) -> None:
         self.flat[self.start : self.start + self.size] = values.reshape(-1)
+
+
+def _places(layout: Any, shape: list[int]) -> Tensor:
+    """Of the elements of a tile, row by row: where each lies, in rows of 64 that are not swizzled."""
+    offset = torch.arange(torch.Size(shape).numel())
+    at = [torch.zeros_like(offset) for _ in shape]
+    for bit, basis in enumerate(layout.offset_bases):
+        for axis, step in enumerate(basis):
+            at[axis] ^= (offset >> bit & 1) * step
+    element, places = at[0] * shape[1] + at[1], torch.empty_like(offset)
+    places[element] = offset ^ (offset >> 6 & 7) << 3
+    assert len(layout.offset_bases) == len(offset).bit_length() - 1 and len(set(element.tolist())) == len(element)
+    return places
 
 
 @dataclass
@@ -244,8 +264,8 @@ class FakeLanguage:
         return x
 
     @staticmethod
-    def load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Tensor:
-        offset, mask = torch.as_tensor(pointer.offset), torch.as_tensor(mask)
+    def load(pointer: Pointer, mask: Any = True, other: Any = 0, cache_modifier: str = "") -> Tensor:
+        offset, mask = torch.broadcast_tensors(torch.as_tensor(pointer.offset), torch.as_tensor(mask))
         assert not mask.any() or (offset[mask].min() >= 0 and offset[mask].max() < len(pointer.flat))
         found = torch.where(mask, pointer.flat[torch.where(mask, offset, 0)], other)
         return found if found.is_floating_point() else found.long()
@@ -326,8 +346,9 @@ class FakeBarriers:
             barrier.settle()
             self._language.machine.changed.notify_all()
 
-    def expect(self, barrier: Barrier, num_bytes: int) -> None:
-        self._change(barrier, 1, int(plain(num_bytes)))
+    def expect(self, barrier: Barrier, num_bytes: int, pred: Any = True) -> None:
+        if pred:
+            self._change(barrier, 1, int(plain(num_bytes)))
 
     def arrive(self, barrier: Barrier, pred: bool = True) -> None:
         if pred:
@@ -344,8 +365,10 @@ class FakeCopies:
         self._language, self._barriers = language, barriers
 
     def async_copy_global_to_shared(
-        self, descriptor: Descriptor, at: list[Any], barrier: Barrier, target: Memory
+        self, descriptor: Descriptor, at: list[Any], barrier: Barrier, target: Memory, pred: Any = True
     ) -> None:
+        if not pred:
+            return
         values = descriptor.box([int(plain(i)) for i in at])
         assert list(values.shape) == target.shape
 
@@ -395,6 +418,10 @@ class Products(threading.local):
             self.ended[id(product)] = product, product.end()
         found = tuple(self._value(x) for x in given)
         return found[0] if len(found) == 1 else found
+
+
+def mma_v2(a: Tensor, b: Tensor, acc: Tensor) -> Tensor:
+    return acc + a.float() @ b.float()
 
 
 def _tensors(x: Any, y: Any) -> tuple[Tensor, Tensor]:
@@ -450,6 +477,7 @@ def interpreted(module: ModuleType, late: Literal["copies", "products"]) -> Iter
         "fence_async_shared": lambda: None,
         "warpgroup_mma": products.begin,
         "warpgroup_mma_wait": products.wait,
+        "mma_v2": mma_v2,
         "asm": lambda code: language.asm(code),
         "narrow": lambda x, dtype: x.to(dtype),
         "reciprocal": lambda x: 1.0 / x,

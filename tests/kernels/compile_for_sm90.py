@@ -31,7 +31,14 @@ _TYPES = {
 }
 _OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 compiled: dict[str, int] = {}
-STACK_BYTES = {"_multiply_add": 0, "_linear": 0, "_heads_kernel": 0, "_linear_pieces": 0, "_linear_silu_mul": 56}
+STACK_BYTES = {
+    "_multiply_add": 0,
+    "_linear": 0,
+    "_heads_kernel": 0,
+    "_linear_pieces": 0,
+    "_linear_silu_mul": 56,
+    "_attend": 0,
+}
 """Of kernels all of whose values must stay in registers, or all but a few that are written once, at a tile's end."""
 
 
@@ -77,7 +84,7 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwa
 
 def main() -> None:
     JITFunction.run = compile_launch  # type: ignore[method-assign]
-    sys.path.append(str(Path(__file__).parent.parent))
+    sys.path += [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "attention")]
     import test_linear
     import test_skinny
     import test_triton
@@ -90,9 +97,11 @@ def main() -> None:
     test_skinny.launch_everything()
     test_linear.launch_everything()
     if triton.__version__.startswith(gluon.TRITON_VERSIONS):
+        import test_gluon_decode
         import test_gluon_linear
 
         test_gluon_linear.launch_everything()
+        test_gluon_decode.launch_everything()
     print(f"{len(compiled)} kernels compiled", *compiled, sep="\n  ")
 
 

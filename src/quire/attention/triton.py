@@ -283,13 +283,20 @@ class TritonBackend(AttentionBackend):
             partial_lse = torch.empty(shape, dtype=torch.float32, device=q_TND.device)
             partial_o = torch.empty((*shape, head_size), dtype=torch.float32, device=q_TND.device)
             if isinstance(launch.tile, gluon.GluonTile) and not spec.softcap and gluon.takes(q_TND, kv_B2KSD):
-                from quire.kernels.gluon import attention  # needs a Triton that has Gluon: `gluon.available`
+                from quire.kernels.gluon import attention, decode  # need a Triton that has Gluon: `gluon.available`
 
-                attention.attend(
-                    q_TND, kv_B2KSD, plan.batch.block_tables_SB, o_TND, launch.items_I8, launch.num_items_1, launch.drawn_2,
-                    launch.grid_items, partial_o, partial_lse, launch.partial_rows, launch.tile,
-                    scale=spec.scale, window=spec.window, causal=spec.causal,
-                )  # fmt: skip
+                if merges_itself(launch.tile):
+                    decode.attend(
+                        q_TND, kv_B2KSD, plan.batch.block_tables_SB, o_TND, launch.items_I8, launch.num_items_1,
+                        launch.grid_items, launch.merges_E4, launch.arrivals_EK,
+                        partial_o, partial_lse, launch.partial_rows, launch.tile, scale=spec.scale,
+                    )  # fmt: skip
+                else:
+                    attention.attend(
+                        q_TND, kv_B2KSD, plan.batch.block_tables_SB, o_TND, launch.items_I8, launch.num_items_1, launch.drawn_2,
+                        launch.grid_items, partial_o, partial_lse, launch.partial_rows, launch.tile,
+                        scale=spec.scale, window=spec.window, causal=spec.causal,
+                    )  # fmt: skip
             else:
                 attend(
                     q_TND, kv_B2KSD, plan.batch.block_tables_SB, o_TND, launch.items_I8, launch.num_items_1, launch.grid_items,
@@ -366,6 +373,9 @@ class TritonBackend(AttentionBackend):
             heads = (layer.num_heads, layer.num_kv_heads, layer.head_size)
             if long and self._gluon and gluon.supports(*heads, layer.dtype):
                 return gluon.choose_tile(max_query_len, layer.window)
+            one_token = kind == "low" and max_query_len == 1 and math.isfinite(num_sequences) and layer.window is None
+            if one_token and self._gluon and gluon.supports_decode(*heads, layer.dtype):
+                return gluon.decode_tile(layer.head_size)
             return choose_tile(
                 kind,
                 layer,

@@ -3,10 +3,12 @@
 A *tile* is some query tokens of one sequence, with all query heads of a group; its keys are cut into *pieces*, as many as keep
 all multiprocessors busy to the end; a tile and a piece are an *item*, the work of one program for each key/value head. Tiles
 come in two kinds: low ones of 16 rows for decoding (with 4 query heads for each key/value head: up to 4 tokens), and high ones
-of 64 to 256 for everything longer, which on Hopper GPUs a kernel in Gluon computes where it can (`quire.kernels.gluon`).
+of 64 to 256 for everything longer. On Hopper GPUs kernels in Gluon compute high ones, and low ones of one token, where they can
+(`quire.kernels.gluon`).
 
 Example, 4 query heads for each key/value head, 132 multiprocessors: a sequence of 32,768 keys decodes. One tile, of one token:
-its keys are cut into 16 pieces of 2,048 tokens, which with 8 key/value heads are 128 programs.
+its keys are cut into 32 pieces of 1,024 tokens, which with 8 key/value heads are 256 programs, of which each multiprocessor
+holds up to 4 at once.
 
 Knows no device and no plan (`quire.attention.triton`). Letters of shapes: as in `quire.attention.base`; I items, E tiles, C
 candidates for a piece's size.
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 
 from quire.attention.base import AttentionSpec
+from quire.kernels.gluon import GluonTile
 from quire.kernels.triton.attention import ITEM_FIELDS, MERGE_FIELDS, Tile, split_head_size
 
 KINDS = ("low", "high")
@@ -66,19 +69,27 @@ class Costs:
     """A program's begin and end."""
     merging: float
     """Once, where anything is cut: the second kernel's launch, or the last program's reading of the others' results."""
+    per_slot: float
+    """For each piece of what is cut most: its results are read by whoever merges."""
     alone: float
     """The part of an item's time that does not shrink when it shares its multiprocessor with fewer others."""
-    min_piece: int
+    min_piece: int = 128
 
 
 LOW_COSTS = {
-    1: Costs(150, 0, 0.2, 128),
-    2: Costs(20, 320, 0.4, 128),
-    3: Costs(20, 800, 0.28, 128),
-    4: Costs(60, 100, 0.2, 128),
+    1: Costs(120, 50, 4, 0.1),
+    2: Costs(120, 300, 0, 0.5),
+    3: Costs(120, 150, 0, 0.35),
+    4: Costs(40, 150, 0, 0.6),
 }
-"""By how many programs share a multiprocessor. Fitted to 32, 20, 19 and 27 batches that were timed at up to 14 cuts each."""
-HIGH_COSTS = Costs(64, 60, 0.6, 256)
+"""By how many programs share a multiprocessor. Fitted to 23, 18, 25 and 25 batches of even and of log-normal lengths that were
+timed at up to 12 cuts each."""
+DECODE_COSTS = Costs(15, 80, 4, 0.2)
+"""Of Gluon's tile for one token; fitted to 76 such batches."""
+HIGH_COSTS = Costs(256, 0, 100, 0.6, 256)
+"""Fitted to 17 steps of prompts and chunks, in Gluon's tiles."""
+LAST_WAVE = 0.5
+"""How much of what a last wave of mean items would leave idle is left, when the longest items have come first."""
 
 _PARTS = np.arange(1, 5)
 _PIECES = [2**i for i in range(7, 15)] + [3 * 2**i for i in range(6, 13)]
@@ -135,7 +146,9 @@ def _filled(waves: float) -> float:
 
 
 def choose_costs(kind: str, tile: Tile) -> Costs:
-    return LOW_COSTS[tile.per_sm] if kind == "low" else HIGH_COSTS
+    if kind == "high":
+        return HIGH_COSTS
+    return DECODE_COSTS if isinstance(tile, GluonTile) else LOW_COSTS[tile.per_sm]
 
 
 def choose_piece(
@@ -143,10 +156,10 @@ def choose_piece(
 ) -> int:
     """How many keys a piece has, of tiles with so many: the cut for which all programs together should end soonest.
 
-    The model: a multiprocessor with c of its p places filled takes alone + (1 - alone) c / p of the time that it takes full.
-    All are full but in the last wave; cutting finer shortens that, and costs more beginnings. Where tiles left whole fill all
-    places, the short ones fill the gaps too, and what is left of them is `_longest_place`'s, in which programs are alone. (Not
-    where a multiprocessor has one place: costs were fitted without it.)
+    The model: a multiprocessor with c of its p places filled takes alone + (1 - alone) c / p of the time that it takes full. If
+    all programs have a place at once, they run on evenly filled multiprocessors for as long as their mean takes, and then the
+    longest alone. If not, all places are full until the last wave, which mean items fill in part; but what is left whole and
+    fills all places is judged by the place that gets most (`_longest_place`).
     """
     total, longest = int(np.add.reduce(lengths_E)), int(np.maximum.reduce(lengths_E))
     places = num_sms * tile.per_sm
@@ -162,14 +175,22 @@ def choose_piece(
     candidates_C = np.ceil(candidates_C / tile.num_keys) * tile.num_keys
     pieces_C = np.add.reduce(np.ceil(lengths_E / candidates_C[:, None]), 1)
     programs_C = pieces_C * num_kv_heads
+    mean_C = total / pieces_C
+    at_once_C = np.where(programs_C < places, mean_C * np.ceil(programs_C / num_sms) / tile.per_sm, evenly)
     last_C = (programs_C - 1) % places + 1  # programs in the last wave
     busiest_C = costs.alone + (1 - costs.alone) * np.ceil(last_C / num_sms) / tile.per_sm
-    cost_C = evenly + programs_C / places * costs.per_item + candidates_C * (busiest_C - last_C / places)
+    longest_C = np.minimum(candidates_C, longest)
+    end_C = np.where(
+        programs_C > places,
+        LAST_WAVE * mean_C * (busiest_C - last_C / places),
+        costs.alone * np.maximum(longest_C - at_once_C, 0),
+    )
     cut_C = pieces_C > len(lengths_E)
-    cost_C += np.where(cut_C, costs.merging, 0)
-    if tile.per_sm > 1 and programs >= places:
-        gap = costs.alone * max(0, _longest_place(lengths_E, places // num_kv_heads) - evenly)
-        cost_C = np.where(cut_C, cost_C, evenly + programs_C / places * costs.per_item + gap)
+    if programs >= places:
+        most = _longest_place(lengths_E, places // num_kv_heads)
+        end_C = np.where(cut_C, end_C, costs.alone * max(most - evenly, 0))
+    merging_C = np.where(cut_C, costs.merging + costs.per_slot * np.ceil(longest / candidates_C), 0)
+    cost_C = at_once_C + end_C + programs_C / places * costs.per_item + merging_C
     return int(candidates_C[cost_C.argmin()])
 
 
@@ -244,12 +265,16 @@ def _choose_piece_of_one(length: int, tile: Tile, costs: Costs, num_kv_heads: in
         candidate = math.ceil(clipped / tile.num_keys) * tile.num_keys
         pieces = math.ceil(length / candidate)
         programs = pieces * num_kv_heads
-        last = (programs - 1) % places + 1
-        busiest = costs.alone + (1 - costs.alone) * math.ceil(last / num_sms) / tile.per_sm
-        cost = evenly + programs / places * costs.per_item
-        if pieces > 1 or tile.per_sm == 1 or programs < places:
-            cost += candidate * (busiest - last / places)
-        cost += costs.merging if pieces > 1 else 0
+        mean = length / pieces
+        at_once = mean * math.ceil(programs / num_sms) / tile.per_sm if programs < places else evenly
+        if programs > places and pieces > 1:
+            last = (programs - 1) % places + 1
+            busiest = costs.alone + (1 - costs.alone) * math.ceil(last / num_sms) / tile.per_sm
+            end = LAST_WAVE * mean * (busiest - last / places)
+        else:
+            end = costs.alone * max(min(candidate, length) - at_once, 0)
+        cost = at_once + end + programs / places * costs.per_item
+        cost += costs.merging + costs.per_slot * math.ceil(length / candidate) if pieces > 1 else 0
         if cost < least_cost:
             best, least_cost = candidate, cost
     return best

@@ -83,11 +83,12 @@ LOW_TILES = (
     (16, 64, 2, 3, 3, 1), (16, 64, 2, 4, 2, 1), (16, 64, 4, 3, 3, 1), (16, 64, 2, 2, 5, 1), (16, 32, 2, 4, 4, 1),
     (16, 32, 1, 4, 4, 1), (16, 128, 4, 3, 1, 1),
 )  # fmt: skip
+GLUON_LOW_TILES = ((16, 32, 1, 12, 1), (16, 32, 1, 6, 2), (16, 32, 1, 4, 3), (16, 32, 1, 3, 4))
 HIGH_TILES = (
     (128, 64, 4, 2, 2, 64), (128, 64, 4, 2, 2, 32), (128, 64, 4, 2, 2, 256), (128, 128, 8, 2, 1, 64), (128, 64, 8, 2, 1, 64),
     (128, 64, 8, 3, 1, 64), (128, 32, 4, 3, 2, 64), (256, 64, 8, 2, 1, 32), (64, 64, 4, 2, 2, 128),
 )  # fmt: skip
-GLUON_TILES = ((128, 128, 8, 2, 1, 32), (128, 128, 8, 2, 1, 64), (128, 64, 8, 4, 1, 64), (128, 64, 8, 3, 1, 64))
+GLUON_HIGH_TILES = ((128, 128, 8, 2, 1, 32), (128, 128, 8, 2, 1, 64), (128, 64, 8, 4, 1, 64), (128, 64, 8, 3, 1, 64))
 PIECES = (256, 384, 512, 704, 1024, 1408, 2048, 4096)
 
 
@@ -160,9 +161,9 @@ def variants(work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
 
     for numbers in LOW_TILES if work.decode else HIGH_TILES:
         yield " ".join(map(str, numbers)), {"tiles": {"low" if work.decode else "high": Tile(*numbers)}}
-    if not work.decode:
-        for numbers in GLUON_TILES:
-            yield "gluon " + " ".join(map(str, numbers)), {"tiles": {"high": GluonTile(*numbers)}}
+    for numbers in GLUON_LOW_TILES if work.decode else GLUON_HIGH_TILES:
+        tile = GluonTile(*numbers)
+        yield "gluon " + " ".join(map(str, numbers)), {"tiles": {"low" if work.decode else "high": tile}}
     if work.decode:
         for piece in PIECES:
             if piece <= max(work.lengths):

@@ -1,5 +1,5 @@
 """Kernels in Gluon, for Hopper alone: what their callers need to know before they load them, and with them the compiler's
-experimental part (`quire.kernels.gluon.attention`, `quire.kernels.gluon.linear`).
+experimental part (`quire.kernels.gluon.attention` for queries of many tokens, `decode` for one, `linear`).
 
 Does not know how work is planned (`quire.attention.work_list`).
 """
@@ -19,6 +19,7 @@ TRITON_VERSIONS = ("3.6",)
 GROUPS = (1, 2, 4, 8, 16, 32)
 HEAD_SIZES = (64, 128)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+MAX_DECODE_GROUP = 8
 MAX_TOKENS = 256
 """Of a linear layer in pieces."""
 MAX_PAIRS = {2: 128, 3: 112}
@@ -35,7 +36,8 @@ fast or slower, but for 208 and 224 tokens of a small layer (by 2 and 4 %)."""
 
 @dataclass(frozen=True)
 class GluonTile(Tile):
-    """A tile that `quire.kernels.gluon.attention` computes where it can (no softcap, and `takes`), else the Triton kernel.
+    """A tile that `quire.kernels.gluon` computes where it can (no softcap, and `takes`), else the Triton kernel: a low one in
+    `decode`, a high one in `attention`.
 
     num_stages: turns' keys, and as many turns' values, that shared memory holds. num_warps is the Triton kernel's.
     """
@@ -86,6 +88,20 @@ def choose_tile(max_query_len: int, window: int | None) -> GluonTile:
     if max_query_len <= 1024:  # and beyond the diagonal, which is much of what they see
         return GluonTile(128, 64, 8, 4, 1, 32)
     return GluonTile(128, 128, 8, 2, 1, 32)
+
+
+def supports_decode(num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> bool:
+    """As `supports`, of the kernel for items of one token, which knows no window."""
+    return (
+        num_heads <= MAX_DECODE_GROUP * num_kv_heads
+        and head_size in HEAD_SIZES
+        and dtype in (torch.bfloat16, torch.float16)
+    )
+
+
+def decode_tile(head_size: int) -> GluonTile:
+    """The tile for items of one token each, of however many sequences: in a turn 8 KB of keys and as much of values."""
+    return GluonTile(16, 4096 // head_size, 1, 3, 4)
 
 
 def choose_linear_tile(num_tokens: int, num_outputs: int, *, silu: bool = False) -> LinearTile:
