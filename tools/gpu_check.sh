@@ -25,10 +25,11 @@ run_tests logits tests/engine/test_bf16_logits.py &
 run_tests triton tests/attention/test_triton_attention.py -k "float64" &
 run_tests triton-random tests/attention/test_triton_attention.py -k "random" &
 run_tests triton-rest tests/attention/test_triton_attention.py -k "not float64 and not random" &
+run_tests gluon-decode tests/attention/test_gluon_decode.py &
 run_tests gluon tests/attention/test_gluon_attention.py -k "float64 or random" &
 run_tests gluon-rest tests/attention/test_gluon_attention.py -k "not float64 and not random" &
 wait
-for name in kernels gluon-linear engine logits triton triton-random triton-rest gluon gluon-rest; do
+for name in kernels gluon-linear engine logits triton triton-random triton-rest gluon-decode gluon gluon-rest; do
     echo "== $name"
     tail -n 12 "$OUT/$name.log" | cut -c1-180
 done

@@ -81,6 +81,7 @@ for part in "$@"; do
         sanitize attention-float64 attention/test_triton_attention "and float64" &
         sanitize attention-random attention/test_triton_attention "and random" &
         sanitize attention-rest attention/test_triton_attention "and not float64 and not random" &
+        sanitize gluon-decode attention/test_gluon_decode "" &
         sanitize gluon-attention attention/test_gluon_attention "and (float64 or random)" &
         sanitize gluon-attention-rest attention/test_gluon_attention "and not float64 and not random" &
         wait

@@ -27,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from quire.kernels.gluon import MAX_DECODE_GROUP, GluonTile
 from quire.kernels.gluon.ptx import asm, narrow
 from quire.kernels.triton import dependent
-from quire.kernels.triton.attention import LOG2_E, _prefetch, choose_merge_rows, choose_merge_slots
+from quire.kernels.triton.attention import LOG2_E, choose_merge_rows, choose_merge_slots, prefetch
 
 _COLUMNS = gl.constexpr(MAX_DECODE_GROUP)
 _WIDTH = gl.constexpr(64)
@@ -64,21 +64,24 @@ def _blocks(table_ptr, start, end, BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr)
 
 @gluon.jit
 def _bring(
-    kv_desc, boxes, full, blocks, row, start, stage, there,
-    HEAD_SIZE: gl.constexpr, BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr,
+    kv_desc, k_boxes, v_boxes, k_full, v_full, blocks, kv_head, start, end, stage,
+    NUM_KV_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
-    """Keys or values from `start`, if any are there. `row`: the head, and behind all heads' keys are values."""
+    """Keys and values from `start`, if any are there; `blocks` are theirs."""
     BOX: gl.constexpr = min(BLOCK_SIZE, KEYS)
     BOXES: gl.constexpr = KEYS // BOX
-    mbarrier.expect(full.index(stage), KEYS * HEAD_SIZE * 2, pred=there)
-    for j in gl.static_range(BOXES):
-        if BLOCK_SIZE > BOX:
-            slot = (start + j * BOX) % BLOCK_SIZE
-        else:
-            slot = 0
-        tma.async_copy_global_to_shared(
-            kv_desc, [blocks[j], row, 0, slot, 0], full.index(stage), boxes.index(stage * BOXES + j), pred=there
-        )
+    there = start < end
+    for part in gl.static_range(2):
+        boxes = v_boxes if part else k_boxes
+        full = v_full.index(stage) if part else k_full.index(stage)
+        mbarrier.expect(full, KEYS * HEAD_SIZE * 2, pred=there)
+        for j in gl.static_range(BOXES):
+            if BLOCK_SIZE > BOX:
+                slot = (start + j * BOX) % BLOCK_SIZE
+            else:
+                slot = 0
+            at = [blocks[j], part * NUM_KV_HEADS + kv_head, 0, slot, 0]
+            tma.async_copy_global_to_shared(kv_desc, at, full, boxes.index(stage * BOXES + j), pred=there)
 
 
 @gluon.jit
@@ -202,7 +205,7 @@ def _attend(
         first_T = begin + gl.arange(0, KEYS, layout=gl.BlockedLayout([1], [32], [1], [0]))
         first_T = gl.minimum(first_T, end - 1)
         block_T = gl.load(table_ptr + first_T // BLOCK_SIZE, cache_modifier=".cg")
-        _prefetch(
+        prefetch(
             kv_ptr, kv_head, block_T, first_T, num_blocks, kv_stride_b, HEAD_SIZE, BLOCK_SIZE,
             NUM_KV_HEADS * BLOCK_SIZE * HEAD_SIZE,
         )  # fmt: skip
@@ -211,10 +214,10 @@ def _attend(
     for i in gl.static_range(STAGES):
         start = begin + i * KEYS
         blocks = _blocks(table_ptr, start, end, BLOCK_SIZE, KEYS)
-        _bring(kv_desc, k_boxes, k_full, blocks, kv_head, start, i, start < end, HEAD_SIZE, BLOCK_SIZE, KEYS)
         _bring(
-            kv_desc, v_boxes, v_full, blocks, NUM_KV_HEADS + kv_head, start, i, start < end, HEAD_SIZE, BLOCK_SIZE, KEYS
-        )
+            kv_desc, k_boxes, v_boxes, k_full, v_full, blocks, kv_head, start, end, i,
+            NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE, KEYS,
+        )  # fmt: skip
     blocks = _blocks(table_ptr, begin + STAGES * KEYS, end, BLOCK_SIZE, KEYS)  # one turn ahead of their use
 
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, _COLUMNS])
@@ -235,10 +238,10 @@ def _attend(
             q_DR, acc_DR, max_R, sum_TR, score_scale, start, end, False, KEYS, LAYOUT,
         )  # fmt: skip
         new = start + STAGES * KEYS
-        _bring(kv_desc, k_boxes, k_full, blocks, kv_head, new, stage, new < end, HEAD_SIZE, BLOCK_SIZE, KEYS)
         _bring(
-            kv_desc, v_boxes, v_full, blocks, NUM_KV_HEADS + kv_head, new, stage, new < end, HEAD_SIZE, BLOCK_SIZE, KEYS
-        )
+            kv_desc, k_boxes, v_boxes, k_full, v_full, blocks, kv_head, new, end, stage,
+            NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE, KEYS,
+        )  # fmt: skip
         blocks = _blocks(table_ptr, new + KEYS, end, BLOCK_SIZE, KEYS)
         stage += 1
         if stage == STAGES:

@@ -58,8 +58,8 @@ class Tile:
 
 
 @triton.jit
-def _prefetch(kv_ptr, kv_head, block_T, key_T, num_blocks, kv_stride_b, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-              VALUES: tl.constexpr):  # fmt: skip
+def prefetch(kv_ptr, kv_head, block_T, key_T, num_blocks, kv_stride_b, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+             VALUES: tl.constexpr):  # fmt: skip
     """Asks for these keys and their values to be brought into L2, by lines of 128 bytes."""
     LINE: tl.constexpr = 128 * 8 // kv_ptr.dtype.element_ty.primitive_bitwidth
     LINES: tl.constexpr = (HEAD_SIZE + LINE - 1) // LINE
@@ -161,7 +161,7 @@ def _attend(
         if ROWS < 64:  # few of these programs are there at once, and wait for memory
             first_T = tl.minimum(begin + tl.arange(0, KEYS), end - 1).to(tl.uint32)
             block_T = tl.load(table_ptr + first_T // BLOCK_SIZE, cache_modifier=".cg")
-            _prefetch(kv_ptr, kv_head, block_T, first_T, num_blocks, kv_stride_b, HEAD_SIZE, BLOCK_SIZE, VALUES)
+            prefetch(kv_ptr, kv_head, block_T, first_T, num_blocks, kv_stride_b, HEAD_SIZE, BLOCK_SIZE, VALUES)
         dependent.wait()
 
     row_R = tl.arange(0, ROWS)
