@@ -3,8 +3,9 @@ of the warps in a thread of its own.
 
 What a machine may do late is done as late as it may be: products read shared memory when they are waited for. Either copies
 into it happen at once, and products take long; or copies happen some time later, in any order. So results are wrong where a
-stage is filled too early or read too late, waits that nobody ends raise, and so do accesses beyond an allocation. Layouts say
-where elements lie, and do not matter here. What the compiler makes of the text is not seen.
+stage is filled too early or read too late, waits that nobody ends raise, and so do accesses beyond an allocation. Linear
+layouts of shared memory are followed; others, and those of registers, say where elements lie, and do not matter here. What
+the compiler makes of the text is not seen.
 """
 
 from __future__ import annotations

@@ -156,9 +156,18 @@ def test_interpreted(name, late, launches):
     assert not launches[0].arrivals_EK.any()  # the next layer counts from 0
 
 
-def test_items_of_several_tokens_raise():
-    with pytest.raises(ValueError, match="one token each"):
-        check(make_case(make_spec((8, 2), 128, bf16), 16, (20,), (2,)), make_backend(decode_tile(128), num_sms=2))
+NOT_COMPUTED = {
+    "one token each": (make_spec((8, 2), 128, bf16), 2),
+    "up to 8 heads": (make_spec((9, 1), 128, bf16), 1),
+    "no window": (make_spec((8, 2), 128, bf16, window=9), 1),
+}
+
+
+@pytest.mark.parametrize("reason", [pytest.param(reason, marks=without_card) for reason in NOT_COMPUTED])
+def test_what_it_does_not_compute_raises(reason):
+    spec, query_len = NOT_COMPUTED[reason]
+    with pytest.raises(ValueError, match=reason):
+        check(make_case(spec, 16, (20,), (query_len,)), make_backend(decode_tile(128), num_sms=2))
 
 
 def launch_everything() -> None:

@@ -364,6 +364,14 @@ def test_lengths_of_a_long_tail_are_cut(count):
     assert busy(lengths, gluon.decode_tile(LLAMA.head_size)) > 0.8
 
 
+@pytest.mark.parametrize(
+    "groups", [((1, 8000), (500, 200)), ((4, 16_000), (252, 300)), ((1, 100_000), (200, 800))], ids=str
+)
+def test_a_few_long_ones_among_many_are_cut_finely(groups):
+    lengths = np.concatenate([np.full(count, length) for count, length in groups])
+    assert busy(lengths, gluon.decode_tile(LLAMA.head_size)) > 0.75
+
+
 def busy(lengths, tile):
     """The part of their time that places are at work, if each takes the next item as it ends."""
     ones = np.ones(len(lengths), dtype=np.int64)

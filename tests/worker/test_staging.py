@@ -2,6 +2,7 @@
 
 from triton_interpreter import HAS_CUDA  # isort: skip
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from quire.attention import AttentionSpec
 from quire.attention.work_list import choose_costs, choose_tile, layer_kind, list_one, list_work
+from quire.kernels.gluon import decode_tile
 from quire.sampling.transfer import Inbox, Outbox, ToHost
 
 
@@ -114,11 +116,14 @@ def test_a_result_keeps_its_buffer_until_it_was_read() -> None:
 @pytest.mark.skipif(HAS_CUDA, reason="plans on the host alone")
 @pytest.mark.parametrize("window", [None, 100, 5000])
 @pytest.mark.parametrize("heads", [(16, 8), (8, 1), (7, 7)])
-def test_one_decoding_sequence_is_planned_like_any(heads: tuple[int, int], window: int | None) -> None:
+@pytest.mark.parametrize("by", ["triton, many", "triton, few", "gluon"])
+def test_one_decoding_sequence_is_planned_like_any(heads: tuple[int, int], window: int | None, by: str) -> None:
     rng = np.random.default_rng(0)
     spec = AttentionSpec(*heads, 128, 1.0, window=window, kv_dtype=torch.bfloat16)
     layer = layer_kind(spec, torch.bfloat16)
-    tile = choose_tile("low", layer, 1)
+    tile = choose_tile("low", layer, 1, sequences_per_sm=0.01 if by == "triton, few" else math.inf)
+    if by == "gluon":
+        tile = decode_tile(128)
     lengths = [
         *range(1, 70),
         *rng.integers(70, 100_000, 400).tolist(),

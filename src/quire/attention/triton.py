@@ -289,7 +289,7 @@ class TritonBackend(AttentionBackend):
                     decode.attend(
                         q_TND, kv_B2KSD, plan.batch.block_tables_SB, o_TND, launch.items_I8, launch.num_items_1,
                         launch.grid_items, launch.merges_E4, launch.arrivals_EK,
-                        partial_o, partial_lse, launch.partial_rows, launch.tile, scale=spec.scale,
+                        partial_o, partial_lse, launch.partial_rows, launch.tile, scale=spec.scale, window=spec.window,
                     )  # fmt: skip
                 else:
                     attention.attend(
@@ -367,6 +367,7 @@ class TritonBackend(AttentionBackend):
         return work, lay_out(work, capacities, layer.num_kv_heads)
 
     def _tile(self, kind: str, layer: LayerKind, max_query_len: int, num_sequences: float = math.inf) -> Tile:
+        """num_sequences: of no more than max_query_len tokens each; inf: however many there are, some may have more."""
         tile = self._tiles.get(kind)
         if tile is None:
             long = kind == "high" and max_query_len * layer.group > 64
@@ -431,7 +432,7 @@ class TritonBackend(AttentionBackend):
             if len(found) < len(low_S):
                 of_kind = (starts_S[found], query_lens_S[found], seq_lens_S[found])
             longest = int(of_kind[1].max())
-            # the tiles for few sequences are compiled for one token each
+            # the tiles for few sequences are compiled for one token each, and Gluon's is for nothing else
             tile = tiles.get(kind) or self._tile(kind, layer, longest, len(found) if longest == 1 else math.inf)
             costs = choose_costs(kind, tile)
             lists[kind] = list_work(found, *of_kind, layer, tile, costs, self._num_sms, self._piece, max_waves)

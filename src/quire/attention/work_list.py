@@ -79,8 +79,8 @@ class Costs:
 LOW_COSTS = {
     1: Costs(120, 50, 4, 0.1),
     2: Costs(120, 300, 0, 0.5),
-    3: Costs(120, 150, 0, 0.35),
-    4: Costs(40, 150, 0, 0.6),
+    3: Costs(120, 100, 0, 0.25),
+    4: Costs(120, 0, 6, 0.35),
 }
 """By how many programs share a multiprocessor. Fitted to 23, 18, 25 and 25 batches of even and of log-normal lengths that were
 timed at up to 12 cuts each."""
@@ -158,8 +158,8 @@ def choose_piece(
 
     The model: a multiprocessor with c of its p places filled takes alone + (1 - alone) c / p of the time that it takes full. If
     all programs have a place at once, they run on evenly filled multiprocessors for as long as their mean takes, and then the
-    longest alone. If not, all places are full until the last wave, which mean items fill in part; but what is left whole and
-    fills all places is judged by the place that gets most (`_longest_place`).
+    longest alone. If not, all places are full until the last wave, which mean items fill in part, or, if that takes longer, the
+    longest goes on alone; but what is left whole and fills all places is judged by the place that gets most (`_longest_place`).
     """
     total, longest = int(np.add.reduce(lengths_E)), int(np.maximum.reduce(lengths_E))
     places = num_sms * tile.per_sm
@@ -179,12 +179,8 @@ def choose_piece(
     at_once_C = np.where(programs_C < places, mean_C * np.ceil(programs_C / num_sms) / tile.per_sm, evenly)
     last_C = (programs_C - 1) % places + 1  # programs in the last wave
     busiest_C = costs.alone + (1 - costs.alone) * np.ceil(last_C / num_sms) / tile.per_sm
-    longest_C = np.minimum(candidates_C, longest)
-    end_C = np.where(
-        programs_C > places,
-        LAST_WAVE * mean_C * (busiest_C - last_C / places),
-        costs.alone * np.maximum(longest_C - at_once_C, 0),
-    )
+    last_wave_C = np.where(programs_C > places, LAST_WAVE * mean_C * (busiest_C - last_C / places), 0)
+    end_C = np.maximum(last_wave_C, costs.alone * (np.minimum(candidates_C, longest) - at_once_C))
     cut_C = pieces_C > len(lengths_E)
     if programs >= places:
         most = _longest_place(lengths_E, places // num_kv_heads)
@@ -267,12 +263,11 @@ def _choose_piece_of_one(length: int, tile: Tile, costs: Costs, num_kv_heads: in
         programs = pieces * num_kv_heads
         mean = length / pieces
         at_once = mean * math.ceil(programs / num_sms) / tile.per_sm if programs < places else evenly
+        end = max(0, costs.alone * (min(candidate, length) - at_once))
         if programs > places and pieces > 1:
             last = (programs - 1) % places + 1
             busiest = costs.alone + (1 - costs.alone) * math.ceil(last / num_sms) / tile.per_sm
-            end = LAST_WAVE * mean * (busiest - last / places)
-        else:
-            end = costs.alone * max(min(candidate, length) - at_once, 0)
+            end = max(end, LAST_WAVE * mean * (busiest - last / places))
         cost = at_once + end + programs / places * costs.per_item
         cost += costs.merging + costs.per_slot * math.ceil(length / candidate) if pieces > 1 else 0
         if cost < least_cost:

@@ -8,8 +8,8 @@ A program is one warp, and keys are the rows of its products, a group's heads th
 
 The Triton kernel has heads as rows, padded to 16, and makes an address for each 16 bytes that it brings. A card that has
 reached its limit of power decodes as fast as that limit lets it, and this way a byte takes fewer instructions. Keys and values
-come by TMA, one box for all of a block's keys of a head, and another for their values. Nobody else reads them, so a stage is
-filled again as soon as this warp has it in registers.
+come by TMA, one box for a block's keys of a head, or a turn's where blocks are larger, and another for their values. Nobody
+else reads them, so a stage is filled again as soon as this warp has it in registers.
 
 Of a box, what lies beyond the sequence's end may be anything, NaN among it: in the last turn such values become zeros, and
 their scores are hidden.
@@ -292,10 +292,11 @@ def attend(
     tile: GluonTile,
     *,
     scale: float,
+    window: int | None = None,
 ) -> None:
     """As `quire.kernels.triton.attention.attend` for items of one token each, where `supports_decode` and `takes` are true.
 
-    An item's first key is a multiple of tile.num_keys.
+    An item's first key is a multiple of tile.num_keys. Raises ValueError for what it does not compute.
     """
     num_heads, head_size = q_TND.shape[1:]
     num_blocks, _, num_kv_heads, block_size = kv_B2KSD.shape[:4]
@@ -306,6 +307,10 @@ def attend(
         )
     if partial_rows != group:
         raise ValueError(f"items are of one token each: partial results have {group} rows, not {partial_rows}")
+    if group > MAX_DECODE_GROUP or window is not None:
+        raise ValueError(
+            f"the kernel takes up to {MAX_DECODE_GROUP} heads a group and no window, not {group} and {window}"
+        )
     parts, width = head_size // _WIDTH.value, _WIDTH.value
     kv_desc = TensorDescriptor(
         kv_B2KSD, [num_blocks, 2 * num_kv_heads, parts, block_size, width],
