@@ -405,6 +405,15 @@ def test_tiles_of_graphs_by_how_full_their_waves_are():
     assert found == [1, 2, 2, 3, 4, 3, 4, 4, 4, 4, 4, 4]
 
 
+def test_a_pool_in_another_order_raises():
+    case = make_case(make_spec((4, 2), 64, bf16), 16, (20,), (1,))
+    case = replace(case, pool=case.pool.transpose(3, 4).contiguous().transpose(3, 4))
+    with pytest.raises(ValueError, match="must be contiguous"):
+        make_backend().attend(
+            make_backend().plan(on_device(case.batch)), case.q.to(DEVICE), case.pool.to(DEVICE)[:, 1], case.spec
+        )
+
+
 @pytest.mark.parametrize("lengths", [[3000], [3000] * 4, [2900] * 8])
 def test_a_few_long_ones_are_cut_in_graphs_for_many(lengths):
     tile = choose_tile("low", LLAMA, 1)

@@ -40,7 +40,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from quire.kernels.gluon import GluonTile
 from quire.kernels.gluon.ptx import asm, narrow
 from quire.kernels.triton import dependent
-from quire.kernels.triton.attention import LOG2_E
+from quire.kernels.triton.attention import LOG2_E, check_layout
 
 CONSUMERS = 2
 REGISTERS = {"consumer": 232, "producer": 40}
@@ -465,10 +465,7 @@ def attend(
     num_heads, head_size = q_TND.shape[1:]
     num_blocks, _, num_kv_heads, block_size = kv_B2KSD.shape[:4]
     group, rows = num_heads // num_kv_heads, tile.num_rows // CONSUMERS
-    if kv_B2KSD.stride()[1:] != (num_kv_heads * block_size * head_size, block_size * head_size, head_size, 1):
-        raise ValueError(
-            f"a block's keys and values of one layer must be contiguous, not of strides {kv_B2KSD.stride()}"
-        )
+    check_layout(kv_B2KSD)
     q_desc = TensorDescriptor(
         q_TND, [*q_TND.shape], [*q_TND.stride()], [rows // group, group, _WIDTH.value],
         gl.NVMMASharedLayout(128, 16, rank=3),

@@ -27,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from quire.kernels.gluon import MAX_DECODE_GROUP, GluonTile
 from quire.kernels.gluon.ptx import asm, narrow
 from quire.kernels.triton import dependent
-from quire.kernels.triton.attention import LOG2_E, choose_merge_rows, choose_merge_slots, prefetch
+from quire.kernels.triton.attention import LOG2_E, check_layout, choose_merge_rows, choose_merge_slots, prefetch
 
 _COLUMNS = gl.constexpr(MAX_DECODE_GROUP)
 _WIDTH = gl.constexpr(64)
@@ -301,10 +301,7 @@ def attend(
     num_heads, head_size = q_TND.shape[1:]
     num_blocks, _, num_kv_heads, block_size = kv_B2KSD.shape[:4]
     group = num_heads // num_kv_heads
-    if kv_B2KSD.stride()[1:] != (num_kv_heads * block_size * head_size, block_size * head_size, head_size, 1):
-        raise ValueError(
-            f"a block's keys and values of one layer must be contiguous, not of strides {kv_B2KSD.stride()}"
-        )
+    check_layout(kv_B2KSD)
     if partial_rows != group:
         raise ValueError(f"items are of one token each: partial results have {group} rows, not {partial_rows}")
     if group > MAX_DECODE_GROUP or window is not None:

@@ -351,6 +351,14 @@ def split_head_size(head_size: int) -> tuple[int, int]:
     return low, max(16, triton.next_power_of_2(head_size - low)) if head_size > low else 0
 
 
+def check_layout(kv_B2KSD: Tensor) -> None:
+    """Raises ValueError where kernels would not find a block's keys and values of one layer."""
+    if not kv_B2KSD[:1].is_contiguous():
+        raise ValueError(
+            f"a block's keys and values of one layer must be contiguous, not of strides {kv_B2KSD.stride()}"
+        )
+
+
 def merges_itself(tile: Tile) -> bool:
     """Whether `attend` leaves nothing to `merge`."""
     return tile.num_rows <= LOW_ROWS
@@ -402,10 +410,7 @@ def attend(
     num_heads, head_size = q_TND.shape[1:]
     num_kv_heads, block_size = kv_B2KSD.shape[2:4]
     low, high = split_head_size(head_size)
-    if kv_B2KSD.stride()[1:] != (num_kv_heads * block_size * head_size, block_size * head_size, head_size, 1):
-        raise ValueError(
-            f"a block's keys and values of one layer must be contiguous, not of strides {kv_B2KSD.stride()}"
-        )
+    check_layout(kv_B2KSD)
     same = q_TND.dtype == kv_B2KSD.dtype
     merge_rows = choose_merge_rows(tile, num_heads // num_kv_heads, partial_rows)
     _attend[(-(-grid_items // tile.head_run) * tile.head_run * num_kv_heads,)](
